@@ -1,0 +1,185 @@
+"""Label-guided self-distillation (LGD): the distiller and its section of the recipe.
+
+Reference: Zhang et al., "LGD: Label-guided Self-distillation for Object Detection", AAAI 2022, arXiv:2109.11496.
+
+Shapes: N images, C channels, L levels of (Hl, Wl) cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor, nn
+
+from training.distillers.lgd.implicit_teacher import ImplicitTeacher
+from training.distillers.lgd.normalization import normalize_planes
+from training.distillers.lgd.objects import LgdInputError, objects_from_instances
+from training.distillers.lgd.relation_adapter import Query
+
+Features = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LgdConfig:
+    """The `distiller` section of a recipe that trains with LGD. Defaults: RetinaNet R-50, 2x schedule of the paper.
+
+    Attributes:
+        context_object: Give each image one more object, the image itself.
+        detach_appearance: Keep the teacher's detection loss away from the student's pyramid and backbone.
+        query: What asks in the attention between appearance and labels.
+        num_heads: Heads of that attention; divides the pyramid's channels.
+        loss_weight: Weight of the distillation loss (lambda).
+        distill_from_iter: First iteration whose distillation loss reaches the student.
+        distill_until_iter: First iteration at which it no longer does; None for never.
+        freeze_backbone_until_iter: First iteration that trains the bottom-up backbone.
+    """
+
+    context_object: bool = True
+    detach_appearance: bool = False
+    query: Query = "appearance"
+    num_heads: int = 8
+    loss_weight: float = 1.0
+    distill_from_iter: int = 30_000
+    distill_until_iter: int | None = None
+    freeze_backbone_until_iter: int = 20_000
+
+    def __post_init__(self) -> None:
+        if self.query not in get_args(Query):
+            raise LgdInputError(f"distiller.query is {self.query!r}; it must be one of {', '.join(get_args(Query))}.")
+
+    def build(self, *, channels: int, num_classes: int, level_names: Sequence[str]) -> LabelGuidedDistiller:
+        """The distiller for a student whose pyramid has these levels, all of `channels` channels.
+
+        Raises:
+            LgdInputError: The heads do not divide the channels, or there is no level.
+        """
+        if channels % self.num_heads:
+            raise LgdInputError(
+                f"distiller.num_heads is {self.num_heads}, which does not divide the {channels} channels of the "
+                "student's pyramid. Choose a divisor of them."
+            )
+        if not level_names:
+            raise LgdInputError("the student's pyramid has no level; LGD needs at least one.")
+        return LabelGuidedDistiller(
+            implicit_teacher=ImplicitTeacher(
+                channels=channels,
+                num_classes=num_classes,
+                context_object=self.context_object,
+                detach_appearance=self.detach_appearance,
+                query=self.query,
+                num_heads=self.num_heads,
+            ),
+            channels=channels,
+            num_classes=num_classes,
+            level_names=level_names,
+            context_object=self.context_object,
+            loss_weight=self.loss_weight,
+        )
+
+
+class LabelGuidedDistiller(nn.Module):
+    """The implicit teacher, the adapter of the student's features, and the loss between the two.
+
+    Attributes:
+        implicit_teacher: Labels and features -> instructive features.
+        adapter: Three convolutions that the student's features pass before they are compared; trained, not shipped.
+    """
+
+    def __init__(
+        self,
+        *,
+        implicit_teacher: ImplicitTeacher,
+        channels: int,
+        num_classes: int,
+        level_names: Sequence[str],
+        context_object: bool,
+        loss_weight: float,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.num_classes = num_classes
+        self.level_names = tuple(level_names)
+        self.context_object = context_object
+        self.loss_weight = loss_weight
+        self.implicit_teacher = implicit_teacher
+        self.adapter = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
+
+    def forward(
+        self,
+        *,
+        features: Features,
+        gt_instances: Sequence[Instances],
+        padded_size: tuple[int, int],
+        distill: bool,
+        teacher_losses: Callable[[Features], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """The losses that LGD adds to the student's own.
+
+        Args:
+            features: {level: (N, C, Hl, Wl)} of the student.
+            gt_instances: Labels of each image: `gt_boxes` in pixels of the padded image, `gt_classes`.
+            padded_size: (Hp, Wp) of the batch that the features were computed from.
+            distill: The distillation loss reaches the student; see `distillation_loss`.
+            teacher_losses: The student's own head and losses, on features that are given.
+
+        Returns:
+            "loss_distill", and each loss of the teacher branch with ".tea" behind its name.
+        """
+        teacher_features = self.teacher_features(features, gt_instances, padded_size)
+        losses = {"loss_distill": self.distillation_loss(features, teacher_features, distill=distill)}
+        losses.update((f"{name}.tea", loss) for name, loss in teacher_losses(teacher_features).items())
+        return losses
+
+    def teacher_features(
+        self, features: Features, gt_instances: Sequence[Instances], padded_size: tuple[int, int]
+    ) -> Features:
+        """What the implicit teacher makes of the labels and the student's features, level by level.
+
+        Raises:
+            LgdInputError: The features are not of the pyramid it was built for, or a class id is out of range.
+        """
+        self._require_own_pyramid(features)
+        objects = objects_from_instances(
+            gt_instances,
+            padded_size,
+            num_classes=self.num_classes,
+            context_object=self.context_object,
+            device=features[self.level_names[0]].device,
+        )
+        teacher: Features = self.implicit_teacher(features, objects)
+        return teacher
+
+    def distillation_loss(self, features: Features, teacher_features: Features, *, distill: bool) -> Tensor:
+        """Weighted mean square difference of the instance-normalised features, over all elements of all levels.
+
+        The teacher never learns from it. Without `distill` neither does the student: the loss stays, and trains the
+        adapter alone, so that the adapter is ready when distillation begins.
+        """
+        self._require_own_pyramid(features)
+        squares, num_elements = [], 0
+        for level in self.level_names:
+            student = features[level] if distill else features[level].detach()
+            difference = normalize_planes(self.adapter(student)) - normalize_planes(teacher_features[level].detach())
+            squares.append(difference.square().sum())
+            num_elements += difference.numel()
+        return self.loss_weight * torch.stack(squares).sum() / num_elements
+
+    def _require_own_pyramid(self, features: Features) -> None:
+        found = {level: feature.shape[1] for level, feature in features.items()}
+        if set(found) != set(self.level_names) or set(found.values()) != {self.channels}:
+            raise LgdInputError(
+                "the features are not of the pyramid that the distiller was built for: expected levels "
+                f"{', '.join(self.level_names)} of {self.channels} channels, found "
+                f"{', '.join(f'{level} of {channels}' for level, channels in found.items()) or 'none'}. Build the "
+                "distiller from the student's own output_shape()."
+            )

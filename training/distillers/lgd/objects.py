@@ -1,0 +1,128 @@
+"""The labelled objects of a batch as padded tensors, and the cells of each feature map that they cover.
+
+Shapes: N images, M object slots per image, (Hp, Wp) size of the padded batch in pixels, (Hl, Wl) size of a feature map.
+
+Slots are filled from the right, so that the last slot of every image is always taken: by the context object (the whole
+image) where there is one. Every image thus has at least one object and no attention row or maximum is ever empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from detectron2.structures import Instances
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+NO_CLASS = -1
+"""Class of the context object, of the stand-in of an image without objects, and of padding: an all-zero class code."""
+
+
+class LgdInputError(ValueError):
+    """The recipe, the labels or the pyramid do not fit what the distiller was built for."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectBatch:
+    """The objects of all images of a batch.
+
+    Attributes:
+        boxes: (N, M, 4) xyxy pixels of the padded image, within [0, Wp - 1] x [0, Hp - 1].
+        classes: (N, M) class ids, `NO_CLASS` where there is none.
+        is_object: (N, M) True for an object, False for padding.
+        padded_size: (Hp, Wp).
+    """
+
+    boxes: Tensor
+    classes: Tensor
+    is_object: Tensor
+    padded_size: tuple[int, int]
+
+
+def objects_from_instances(
+    gt_instances: Sequence[Instances],
+    padded_size: tuple[int, int],
+    *,
+    num_classes: int,
+    context_object: bool,
+    device: torch.device,
+) -> ObjectBatch:
+    """Collect the labels of a batch, clamped to the padded image.
+
+    With `context_object` each image with objects gets one more, last: the whole padded image, without a class. An image
+    without objects is represented by a single box (0, 0, 1, 1) without a class, in the last slot.
+
+    The tensors are assembled where the labels are and moved once, so that labels on the CPU cost no synchronisation.
+
+    Raises:
+        LgdInputError: A class id is outside [0, num_classes).
+    """
+    _require_known_classes(gt_instances, num_classes)
+    height, width = padded_size
+    boxes, classes = [], []
+    for instances in gt_instances:
+        image_boxes = instances.gt_boxes.tensor.detach().float()
+        if not len(instances):
+            extra = [[0.0, 0.0, 1.0, 1.0]]
+        elif context_object:
+            extra = [[0.0, 0.0, float(width), float(height)]]
+        else:
+            extra = []
+        boxes.append(torch.cat((image_boxes, image_boxes.new_tensor(extra).reshape(-1, 4))))
+        classes.append(torch.cat((instances.gt_classes, instances.gt_classes.new_full((len(extra),), NO_CLASS))))
+    padded_boxes = pad_sequence(boxes, batch_first=True, padding_side="left")
+    x = padded_boxes[..., 0::2].clamp(0, width - 1)
+    y = padded_boxes[..., 1::2].clamp(0, height - 1)
+    is_object = pad_sequence([torch.ones_like(c, dtype=torch.bool) for c in classes], True, padding_side="left")
+    return ObjectBatch(
+        boxes=torch.stack((x, y), dim=-1).flatten(-2).to(device),
+        classes=pad_sequence(classes, True, padding_value=NO_CLASS, padding_side="left").to(device),
+        is_object=is_object.to(device),
+        padded_size=padded_size,
+    )
+
+
+def object_masks(
+    objects: ObjectBatch, map_sizes: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Which cells of each feature map lie inside each object's box: {level: (N, M, Hl * Wl)} of zeros and ones.
+
+    A cell is its integer index, without half a cell added, and a box is scaled by the true ratio Wl / Wp. So a box
+    smaller than a cell may cover none, and a box without area covers none (the quotient is NaN or infinite).
+    """
+    height, width = objects.padded_size
+    masks = {}
+    for level, (map_height, map_width) in map_sizes.items():
+        x = _cells_inside(objects.boxes[..., 0::2] * (map_width / width), map_width)
+        y = _cells_inside(objects.boxes[..., 1::2] * (map_height / height), map_height)
+        inside = y[..., :, None] & x[..., None, :] & objects.is_object[..., None, None]
+        masks[level] = inside.flatten(-2).to(dtype)
+    return masks
+
+
+def _cells_inside(interval: Tensor, num_cells: int) -> Tensor:
+    """(N, M, 2) intervals in cells -> (N, M, num_cells), True where an index is within half an extent of the centre."""
+    start, end = interval[..., 0:1], interval[..., 1:2]
+    index = torch.arange(num_cells, device=interval.device)
+    return ((start + end) * 0.5 - index).abs() / (end - start) <= 0.5
+
+
+def _require_known_classes(gt_instances: Sequence[Instances], num_classes: int) -> None:
+    for index, instances in enumerate(gt_instances):
+        classes = instances.gt_classes
+        is_unknown = (classes < 0) | (classes >= num_classes)
+        if classes.is_cuda:
+            # Reading the answer would make the host wait for the device in every step.
+            torch._assert_async(
+                ~is_unknown.any(), f"a class id is outside [0, {num_classes}) (the distiller's classes)"
+            )
+        elif is_unknown.any():
+            raise LgdInputError(
+                f"labels of image {index} of the batch hold class id {int(classes[is_unknown][0])}, but the distiller "
+                f"was built for {num_classes} classes, ids 0 to {num_classes - 1}. Make the model's number of classes "
+                "equal to the data set's."
+            )
