@@ -13,7 +13,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ from training import embedded_sources as sources
 CLASS_NAMES = tuple(entry.name for entry in sources.SPRITE_CLASSES)
 
 _IMAGE_SIZES = ((256, 192), (192, 256), (256, 224), (224, 256), (224, 224), (256, 160), (256, 256), (240, 180))
-# Square root of the box area in pixels: (from, below, share). Small objects are most of what a detector has to find.
-_SIZE_BANDS = ((9, 16, 0.24), (16, 30, 0.34), (30, 60, 0.29), (60, 150, 0.13))
+# Square root of the box area in pixels: from, below, cumulative share. Small objects are most of what there is to find.
+_SIZE_BANDS = ((9, 16, 0.20), (16, 30, 0.52), (30, 60, 0.85), (60, 140, 1.0))
 _EMPTY_SHARE, _CROWD_SHARE = 0.03, 0.04
 _MIN_VISIBLE_SHARE = 0.4  # of the pixels an object has in the image; more covered than this, nobody could label it
 _MIN_INSIDE_SHARE = 0.7  # of the pixels an object would have without the image's border
@@ -124,21 +123,6 @@ def _coco_document(split: str, seed: int, images: list[Any], annotations: list[A
     }
 
 
-@cache
-def _photo(path: Path) -> Image.Image:
-    """A photo, brought to at most 640 pixels so that a crop of it costs little."""
-    image = Image.open(path).convert("RGB")
-    image.thumbnail((640, 640), Image.Resampling.BOX)
-    return image
-
-
-@cache
-def _sprite(path: Path) -> Image.Image:
-    """A sprite (RGBA) without its transparent border."""
-    image = Image.open(path).convert("RGBA")
-    return image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox())
-
-
 def _pick(random: np.random.RandomState, items: tuple[Any, ...]) -> Any:
     return items[random.randint(len(items))]
 
@@ -162,7 +146,7 @@ def _background(random: np.random.RandomState, split: str) -> Image.Image:
     size = _pick(random, _IMAGE_SIZES)
     layers = []
     for _ in range(1 + (random.random_sample() < 0.3)):
-        photo = _photo(_pick(random, sources.photos(split)))
+        photo = sources.photo(_pick(random, sources.photos(split)))
         scale = 0.35 + 0.65 * random.random_sample()
         width, height = max(32, int(photo.width * scale)), max(32, int(photo.height * scale))
         left, top = random.randint(photo.width - width + 1), random.randint(photo.height - height + 1)
@@ -176,16 +160,15 @@ def _background(random: np.random.RandomState, split: str) -> Image.Image:
 def _drawn_size(random: np.random.RandomState) -> float:
     """Square root of a box area in pixels."""
     share = random.random_sample()
-    for start, stop, band_share in _SIZE_BANDS:
-        if share < band_share:
-            break
-        share -= band_share
-    return start + (stop - start) * random.random_sample()
+    for start, stop, share_until in _SIZE_BANDS:
+        if share < share_until:
+            return start + (stop - start) * random.random_sample()
+    raise AssertionError("the last band reaches up to 1")
 
 
 def _drawn_sprite(path: Path, size: float, max_rotation: int, random: np.random.RandomState) -> Image.Image:
     """A sprite as it will be pasted: resized to ``size`` (root of the area, pixels), mirrored, turned, recoloured."""
-    sprite = _sprite(path)
+    sprite = sources.sprite(path)
     stretch = 0.85 + 0.3 * random.random_sample()
     # Exactly rounded square roots: IEEE arithmetic gives the same size everywhere.
     ratio = math.sqrt(stretch * sprite.width / sprite.height)

@@ -1,8 +1,8 @@
 """Which sprites and photos the embedded data set is made of, and which split each of them belongs to.
 
-The files lie inside two installed packages and are read as data; neither package is imported (arcade's own needs are not
-installed). A split owns whole poses: where a sprite exists in several colours or with an outline, all of these are on the
-same side, and mirrored poses (both climbing frames, say) are never divided, because images are flipped.
+The files lie inside two installed packages and are read as data; neither package is imported (arcade's own needs are
+not installed). A split owns whole poses: where a sprite exists in several colours or with an outline, all of these are
+on the same side, and mirrored poses (both climbing frames, say) are never divided, because images are flipped.
 
 Licences: arcade's sprites are CC0, by Kenney (www.kenney.nl). The photos are public domain or CC0 as scikit-image's
 documentation states for each; NOTICE names them one by one.
@@ -14,6 +14,8 @@ import importlib.util
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+
+from PIL import Image
 
 SPLITS = ("train", "validation")
 
@@ -94,7 +96,10 @@ SPRITE_CLASSES = (
     ),
     SpriteClass(
         name="meteor",
-        train=_paths("space_shooter", "meteorGrey_big1 meteorGrey_big2 meteorGrey_big3 meteorGrey_med1 meteorGrey_small1"),
+        train=_paths(
+            "space_shooter",
+            "meteorGrey_big1 meteorGrey_big2 meteorGrey_big3 meteorGrey_med1 meteorGrey_small1",
+        ),
         validation=_paths("space_shooter", "meteorGrey_big4 meteorGrey_med2 meteorGrey_small2"),
         max_rotation_degrees=180,
     ),
@@ -167,8 +172,8 @@ def _package_folder(package: str, *below: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
-            f"the embedded data set needs the package {package}, whose files it is composed of, and it is not installed; "
-            f"`make train-export-deploy` installs it, or name a data set of your own with dataset.train=..."
+            f"the embedded data set needs the package {package}, whose files it is composed of, and it is not "
+            f"installed; `make train-export-deploy` installs it, or name a data set of your own with dataset.train=..."
         )
     return Path(spec.origin).parent.joinpath(*below)
 
@@ -204,3 +209,18 @@ def photos(split: str) -> tuple[Path, ...]:
 def source_files(split: str) -> tuple[Path, ...]:
     """Every file that the images of a split are made of; the two splits share none, by name or by content."""
     return (*(file for files in object_sprites(split) for file in files), *clutter_sprites(split), *photos(split))
+
+
+@cache
+def photo(path: Path) -> Image.Image:
+    """A photo, brought to at most 640 pixels so that a crop of it costs little."""
+    image = Image.open(path).convert("RGB")
+    image.thumbnail((640, 640), Image.Resampling.BOX)
+    return image
+
+
+@cache
+def sprite(path: Path) -> Image.Image:
+    """A sprite (RGBA) without its transparent border."""
+    image = Image.open(path).convert("RGBA")
+    return image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox())

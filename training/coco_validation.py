@@ -1,0 +1,167 @@
+"""What can be wrong in a COCO annotation file: each function yields one sentence or two for each problem it finds.
+
+A sentence says which entry, what was found, what was expected and what to do; :mod:`training.dataset` puts the file's
+name in front. Nothing here decodes pixels but :func:`pixel_problem`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from PIL import Image
+
+_MAX_OUTSIDE_PIXELS = 1.0  # labelling tools round to whole pixels; detectron2 clips what is outside
+_ENDLESS = 1e12  # JSON as Python reads it knows NaN, Infinity and integers of any length
+_EXIF_ORIENTATION = 0x0112
+_EXIF_TURNED = (5, 6, 7, 8)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _ENDLESS
+
+
+def _id_problems(entries: Sequence[Mapping[str, Any]], kind: str) -> Iterator[str]:
+    """Ids that are absent, no integers or used twice."""
+    for position, entry in enumerate(entries):
+        if not _is_integer(entry.get("id")):
+            yield f"{kind} number {position} has the id {entry.get('id')!r}; expected an integer, give it one."
+    counts = Counter(entry["id"] for entry in entries if _is_integer(entry.get("id")))
+    for entry_id, count in counts.items():
+        if count > 1:
+            yield f"{kind} id {entry_id} is used {count} times; expected each id once, renumber them."
+
+
+def category_problems(categories: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    yield from _id_problems(categories, "category")
+    for entry in categories:
+        if not isinstance(entry.get("name"), str):
+            yield f"category id {entry.get('id')} has the name {entry.get('name')!r}; expected a text, name it."
+
+
+def image_problems(images: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Ids, sizes, and file names that are absent, absolute or point upwards."""
+    yield from _id_problems(images, "image")
+    for image in images:
+        name = image.get("file_name")
+        if not isinstance(name, str) or not name:
+            yield f"image id {image.get('id')} has the file_name {name!r}; expected a path inside the image folder."
+        elif PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            yield (
+                f"image id {image.get('id')}: the file_name {name!r} leaves the image folder; expected a relative path "
+                f"without '..', so name the folder with dataset.train_images or dataset.validation_images instead."
+            )
+        for side in ("width", "height"):
+            if not _is_integer(image.get(side)) or image[side] < 1:
+                yield (
+                    f"image id {image.get('id')} ({name}) has the {side} {image.get(side)!r}; expected the image "
+                    f"file's {side} in pixels, a positive integer: add it."
+                )
+
+
+def annotation_problems(
+    annotations: Sequence[Mapping[str, Any]], category_ids: Collection[int], image_sizes: Mapping[int, tuple[int, int]]
+) -> Iterator[str]:
+    """Wrong references and boxes; ``image_sizes`` maps an image id to (width, height)."""
+    yield from _id_problems(annotations, "annotation")
+    known = f"one of the {len(category_ids)} ids from {min(category_ids)} to {max(category_ids)} in categories"
+    for entry in annotations:
+        who = f"annotation id {entry.get('id')}"
+        category_id, image_id = entry.get("category_id"), entry.get("image_id")
+        if not _is_integer(category_id) or category_id not in category_ids:
+            yield f"{who} has the category id {category_id!r}; expected {known}: correct or remove this annotation."
+        if not _is_integer(image_id) or image_id not in image_sizes:
+            yield f"{who} has the image id {image_id!r}; expected an id that images lists: correct or remove it."
+            continue
+        if entry.get("iscrowd") not in (0, 1):
+            yield f"{who} has iscrowd {entry.get('iscrowd')!r}; expected 0, or 1 for a crowd region: add it."
+        if not _is_number(entry.get("area")):
+            yield f"{who} has the area {entry.get('area')!r}; expected the object's area in square pixels: add it."
+        yield from _box_problems(who, entry.get("bbox"), image_id, *image_sizes[image_id])
+
+
+def _box_problems(who: str, box: Any, image_id: int, width: int, height: int) -> Iterator[str]:
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        yield f"{who} has the box {box!r:.80}; expected four finite numbers [x, y, width, height] in pixels."
+        return
+    left, top, box_width, box_height = box
+    if box_width <= 0 or box_height <= 0:
+        yield (
+            f"{who} (image id {image_id}) has the box {box} of zero or negative area; expected a width and a height "
+            f"above 0: correct or remove this annotation."
+        )
+    elif (
+        min(left, top) < -_MAX_OUTSIDE_PIXELS
+        or left + box_width > width + _MAX_OUTSIDE_PIXELS
+        or top + box_height > height + _MAX_OUTSIDE_PIXELS
+        or min(left + box_width, top + box_height) <= 0
+        or left >= width
+        or top >= height
+    ):
+        yield (
+            f"{who} has the box {box} ([x, y, width, height]) outside its image id {image_id} of {width} × {height} "
+            f"pixels; expected at most {_MAX_OUTSIDE_PIXELS:g} pixel outside: clip or remove it, or correct the "
+            f"image's width and height."
+        )
+
+
+def file_problems(image_dir: Path, file_names: Sequence[str]) -> Iterator[str]:
+    """Files that are missing, or that a link takes out of the image folder. Each folder is listed once."""
+    root = image_dir.resolve()
+    listings: dict[Path, dict[str, bool]] = {}
+    missing = []
+    for name in file_names:
+        path = image_dir / name
+        if path.parent not in listings:
+            listings[path.parent] = _files_in(path.parent)
+        is_link = listings[path.parent].get(path.name)
+        if is_link is None:
+            missing.append(name)
+        elif not (path if is_link else path.parent).resolve().is_relative_to(root):
+            yield (
+                f"the file_name {name!r} leaves the image folder {image_dir} through a link to {path.resolve()}; "
+                f"expected the images inside the folder: copy it there or name the folder that it lies in."
+            )
+    if missing:
+        yield (
+            f"{len(missing)} of {len(file_names)} image files are missing in {image_dir}, the first ones are "
+            f"{', '.join(missing[:3])}; check dataset.train_images and dataset.validation_images, "
+            f"or fetch the images again."
+        )
+
+
+def _files_in(folder: Path) -> dict[str, bool]:
+    """The files of a folder; each with whether it is a symbolic link."""
+    if not folder.is_dir():
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+
+
+def pixel_problem(image_dir: Path, image: Mapping[str, Any]) -> str | None:
+    """What is wrong with an image file's pixels or size; None when detectron2 will read it."""
+    try:
+        with Image.open(image_dir / image["file_name"]) as opened:
+            opened.load()
+            found = opened.size
+            if opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED:
+                found = found[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return (
+            f"image id {image['id']}: {image_dir / image['file_name']} cannot be read ({error}); expected an undamaged "
+            f"image file: fetch it again or remove it from the annotation file."
+        )
+    expected = (image["width"], image["height"])
+    if found != expected:
+        return (
+            f"image id {image['id']}: {image_dir / image['file_name']} is {found[0]} × {found[1]} pixels and the "
+            f"annotation file says {expected[0]} × {expected[1]}; correct width and height there, or fetch the original image."
+        )
+    return None

@@ -1,0 +1,280 @@
+"""COCO-format data sets: read and validate one, digest it, hand it to detectron2.
+
+``read_coco`` looks at the annotation file and at the names of the images, never at pixels, so COCO's 118,000 images
+take seconds; ``check_readable`` is what decodes. Boxes are COCO's x, y, width, height in pixels of the image file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from training import coco_validation
+
+_SMALL_BOX_AREA = 32**2
+_MAX_MESSAGES = 3
+
+
+class DatasetError(ValueError):
+    """The data set that a recipe names is missing or wrong; nothing was trained."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Section ``dataset`` of a recipe. Without annotation files the embedded data set is generated."""
+
+    train: str | None = None
+    """COCO annotation file to train on."""
+    validation: str | None = None
+    """COCO annotation file to evaluate on; same categories."""
+    train_images: str | None = None
+    """Image folder; None: looked for beside the annotation file."""
+    validation_images: str | None = None
+    num_train: int = 2000
+    """Number of images of the embedded data set; of a data set of one's own all images are used."""
+    num_validation: int = 400
+    seed: int = 0
+    digest_pixels: bool = False
+    """Whether the data set's digest covers the images' bytes, not only their names and sizes."""
+
+    def __post_init__(self) -> None:
+        if (self.train is None) != (self.validation is None):
+            given, missing = ("train", "validation") if self.validation is None else ("validation", "train")
+            raise DatasetError(
+                f"dataset.{given} is set and dataset.{missing} is not: a data set of your own needs both annotation "
+                f"files. Give dataset.{missing}=FILE too, or neither for the embedded data set."
+            )
+        if min(self.num_train, self.num_validation) < 1:
+            raise DatasetError(
+                f"dataset.num_train is {self.num_train} and dataset.num_validation {self.num_validation}: expected at "
+                f"least 1 image each."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoDataset:
+    """A validated COCO-format data set."""
+
+    annotation_file: Path
+    image_dir: Path
+    class_names: tuple[str, ...]
+    """In the order of ``category_ids``: the contiguous class indices 0, 1, …"""
+    category_ids: tuple[int, ...]
+    """Ascending, as detectron2 orders them."""
+    num_images: int
+    num_boxes: int
+    """Without crowd regions."""
+    num_empty_images: int
+    """Images without any annotation."""
+    num_crowd_boxes: int
+    objects_per_image: float
+    """Mean number of boxes of the images that have one."""
+    share_small: float
+    """Share of boxes with width × height below 32² pixels of the file."""
+
+
+def read_coco(annotation_file: Path, image_dir: Path | None = None) -> CocoDataset:
+    """Read and validate a COCO-format data set without decoding an image.
+
+    Args:
+        annotation_file: COCO JSON with ``images``, ``annotations`` and ``categories``.
+        image_dir: folder that the ``file_name`` entries are relative to. None: the first of ``images``,
+            ``../<file stem without instances_>``, ``../images`` and the annotation file's own folder that has the
+            first image.
+
+    Raises:
+        DatasetError: if anything is missing or wrong; says what, where and what to do.
+    """
+    annotation_file = Path(os.path.abspath(annotation_file))
+    document = _document(annotation_file)
+    categories, images, annotations = (document[key] for key in ("categories", "images", "annotations"))
+    _raise_if_any(annotation_file, coco_validation.category_problems(categories))
+    _raise_if_any(annotation_file, coco_validation.image_problems(images))
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    _raise_if_any(
+        annotation_file, coco_validation.annotation_problems(annotations, {entry["id"] for entry in categories}, sizes)
+    )
+    if image_dir is None:
+        image_dir = _found_image_dir(annotation_file, images[0]["file_name"])
+    image_dir = Path(os.path.abspath(image_dir))
+    _raise_if_any(annotation_file, coco_validation.file_problems(image_dir, [image["file_name"] for image in images]))
+
+    boxes = [entry for entry in annotations if not entry["iscrowd"]]
+    num_small = sum(entry["bbox"][2] * entry["bbox"][3] < _SMALL_BOX_AREA for entry in boxes)
+    categories = sorted(categories, key=lambda entry: entry["id"])
+    return CocoDataset(
+        annotation_file=annotation_file,
+        image_dir=image_dir,
+        class_names=tuple(entry["name"] for entry in categories),
+        category_ids=tuple(entry["id"] for entry in categories),
+        num_images=len(images),
+        num_boxes=len(boxes),
+        num_empty_images=len(images) - len({entry["image_id"] for entry in annotations}),
+        num_crowd_boxes=len(annotations) - len(boxes),
+        objects_per_image=len(boxes) / max(1, len({entry["image_id"] for entry in boxes})),
+        share_small=num_small / max(1, len(boxes)),
+    )
+
+
+def check_same_classes(train: CocoDataset, validation: CocoDataset) -> None:
+    """Raise :class:`DatasetError` unless both data sets have the same category ids and names."""
+    expected, found = (dict(zip(each.category_ids, each.class_names, strict=True)) for each in (train, validation))
+    if expected != found:
+        different = sorted(set(expected.items()) ^ set(found.items()))[:_MAX_MESSAGES]
+        raise DatasetError(
+            f"{validation.annotation_file} has other categories than {train.annotation_file}: found {len(found)}, "
+            f"expected {len(expected)}, the same ids with the same names; they differ first in {different}. A detector "
+            f"is evaluated on the classes it was trained on: give both files one list of categories."
+        )
+
+
+def dataset_digest(dataset: CocoDataset, *, include_pixels: bool = False) -> str:
+    """SHA-256 (hex) of the annotation file's bytes and of each image's name and size, or bytes on request."""
+    annotation_bytes = dataset.annotation_file.read_bytes()
+    digest = hashlib.sha256(annotation_bytes)
+    for file_name in sorted(image["file_name"] for image in json.loads(annotation_bytes)["images"]):
+        path = dataset.image_dir / file_name
+        digest.update(f"\n{file_name} {path.stat().st_size}".encode())
+        if include_pixels:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def detectron2_dicts(dataset: CocoDataset) -> list[dict[str, Any]]:
+    """The data set in detectron2's standard format, in the order of the annotation file; labels are contiguous."""
+    document = _document(dataset.annotation_file)
+    class_indices = {category_id: index for index, category_id in enumerate(dataset.category_ids)}
+    records: dict[int, dict[str, Any]] = {}
+    for image in document["images"]:
+        records[image["id"]] = {
+            "file_name": str(dataset.image_dir / image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": [],
+        }
+    for entry in document["annotations"]:
+        record = records[entry["image_id"]]
+        instance = {
+            "bbox": entry["bbox"],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": class_indices[entry["category_id"]],
+            "iscrowd": int(entry["iscrowd"]),
+        }
+        segmentation = _usable_segmentation(entry.get("segmentation"), record["height"], record["width"])
+        if segmentation is not None:
+            instance["segmentation"] = segmentation
+        record["annotations"].append(instance)
+    return list(records.values())
+
+
+def register_with_detectron2(name: str, dataset: CocoDataset) -> None:
+    """Make the data set known to detectron2's catalogues; a data set already registered as ``name`` is replaced."""
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: detectron2_dicts(dataset))
+    MetadataCatalog.get(name).set(
+        thing_classes=list(dataset.class_names),
+        thing_dataset_id_to_contiguous_id={category_id: i for i, category_id in enumerate(dataset.category_ids)},
+        json_file=str(dataset.annotation_file),
+        image_root=str(dataset.image_dir),
+        evaluator_type="coco",
+    )
+
+
+def check_readable(dataset: CocoDataset, *, max_images: int = 5000) -> int:
+    """Decode the first ``max_images`` images and compare their sizes with the annotation file's.
+
+    Returns:
+        The number of images decoded.
+
+    Raises:
+        DatasetError: if a file is damaged, no image, gigantic, or of another size than the annotation file says.
+    """
+    images = _document(dataset.annotation_file)["images"][:max_images]
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        # Gigantic images only warn up to twice Pillow's limit. The filter belongs to the process, not to a thread.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        problems = list(pool.map(lambda image: coco_validation.pixel_problem(dataset.image_dir, image), images))
+    _raise_if_any(dataset.annotation_file, (problem for problem in problems if problem is not None))
+    return len(images)
+
+
+def _raise_if_any(annotation_file: Path, problems: Iterator[str]) -> None:
+    """Raise :class:`DatasetError` with the first problems and the number of the others."""
+    first = list(islice(problems, _MAX_MESSAGES))
+    if first:
+        num_more = sum(1 for _ in problems)
+        more = f" And {num_more} more like this." if num_more else ""
+        raise DatasetError(f"{annotation_file}: {' '.join(first)}{more}")
+
+
+def _document(annotation_file: Path) -> dict[str, Any]:
+    """The parsed annotation file, with its three lists present."""
+    if not annotation_file.is_file():
+        raise DatasetError(
+            f"{annotation_file}: there is no such annotation file. Expected a COCO JSON file; check dataset.train and "
+            f"dataset.validation, or leave both out for the embedded data set."
+        )
+    try:
+        document = json.loads(annotation_file.read_bytes())
+    except ValueError as error:
+        raise DatasetError(
+            f"{annotation_file}: not valid JSON ({error}). Expected a COCO annotation file; if it was downloaded or "
+            f"copied, it may be cut off: fetch it again."
+        ) from error
+    found = sorted(document) if isinstance(document, dict) else type(document).__name__
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(key), list):
+            raise DatasetError(
+                f"{annotation_file}: no list {key!r} at the top level; found {found}. Expected COCO's object detection "
+                f"format with the lists images, annotations and categories."
+            )
+        wrong = [entry for entry in document[key] if not isinstance(entry, dict)]
+        if wrong or (key != "annotations" and not document[key]):
+            raise DatasetError(
+                f"{annotation_file}: the list {key!r} {f'holds {wrong[0]!r:.40}' if wrong else 'is empty'}. Expected "
+                f"one JSON object for each of the {key}."
+            )
+    return document
+
+
+def _found_image_dir(annotation_file: Path, first_file_name: str) -> Path:
+    """The first of the usual image folders that holds the first image."""
+    folder = annotation_file.parent
+    split = annotation_file.stem.removeprefix("instances_")
+    candidates = [folder / "images", folder.parent / split, folder.parent / "images", folder]
+    for candidate in candidates:
+        if (candidate / first_file_name).is_file():
+            return candidate
+    tried = ", ".join(str(candidate) for candidate in candidates)
+    raise DatasetError(
+        f"{annotation_file}: its first image {first_file_name!r} is in none of the folders looked in: {tried}. Name "
+        f"the image folder with dataset.train_images=FOLDER or dataset.validation_images=FOLDER."
+    )
+
+
+def _usable_segmentation(segmentation: Any, height: int, width: int) -> Any:
+    """Polygons of three points or more, or a compressed RLE; None when there is no usable mask."""
+    if isinstance(segmentation, dict):
+        if isinstance(segmentation.get("counts"), list):
+            return coco_mask.frPyObjects(segmentation, height, width)
+        return segmentation
+    polygons = [polygon for polygon in segmentation or [] if len(polygon) % 2 == 0 and len(polygon) >= 6]
+    return polygons or None
