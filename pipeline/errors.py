@@ -1,0 +1,178 @@
+"""Every error a user can meet, and the exit code that goes with it.
+
+    KeyboardInterrupt                       130   Ctrl-C; the same command goes on
+    └─ Terminated                           143   SIGTERM
+    PipelineError                             1
+    ├─ RecipeError                            2   the recipe or an override is wrong
+    ├─ GateFailed                             3   a number is outside its limit
+    ├─ Unavailable                            4   this machine lacks something the run needs
+    │  ├─ RunLocked                           4   another run works in the same folder
+    │  └─ NoSpaceLeft                         4   disk full, quota or file-size limit reached
+    └─ ArtifactError                          5   an artifact is missing or damaged
+
+The leaf packages cannot import this module. What a user can meet there is an exception with a class attribute
+``exit_code``; it is drawn here and stays in the module that raises it (a test compares the two):
+
+    training.dataset.DatasetError             2   the annotation file or the images it names are wrong
+
+An exception without an exit code is a bug: it is shown with its traceback and ends the process with 1.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.stage import Gate
+
+_NO_SPACE_ERRNOS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# torch's and C++ libraries' writers lose the errno; these are the messages of a write that came back short.
+_NO_SPACE_MESSAGES = (
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "No space left on device",
+    "File too large",
+    "iostream error",
+)
+
+
+class PipelineError(Exception):
+    """Base of the pipeline's own errors; ``str()`` is one paragraph for the user."""
+
+    exit_code = 1
+
+
+class RecipeError(PipelineError):
+    """The recipe, an override or a name on the command line is wrong."""
+
+    exit_code = 2
+
+
+class GateFailed(PipelineError):
+    """At least one number is outside its limit.
+
+    Attributes:
+        stage: the stage whose gates failed.
+        gates: the gates that failed, at least one.
+    """
+
+    exit_code = 3
+
+    def __init__(self, stage: str, gates: Sequence[Gate]) -> None:
+        self.stage = stage
+        self.gates = tuple(gates)
+        found = "; ".join(
+            f"{gate.name} is {_number(gate.value)}, limit {_number(gate.limit)}{_because(gate.reason)}"
+            for gate in gates
+        )
+        super().__init__(f"{stage} failed {len(gates)} gate{'s' if len(gates) > 1 else ''}: {found}")
+
+
+class Unavailable(PipelineError):
+    """Hardware, a server, a port or another thing this machine must give is missing."""
+
+    exit_code = 4
+
+
+class RunLocked(Unavailable):
+    """Another process works in the same run folder."""
+
+
+class NoSpaceLeft(Unavailable):
+    """The disk is full, or a quota or file-size limit is reached."""
+
+
+class ArtifactError(PipelineError):
+    """An artifact is missing, truncated or changed since it was published."""
+
+    exit_code = 5
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived; handled like Ctrl-C, because it must pass through ``except Exception`` the same way."""
+
+    exit_code = 143
+
+
+def exit_code_of(exception: BaseException) -> int | None:
+    """The process exit code for an exception, or None when it is a bug that needs its traceback."""
+    if _no_space_cause(exception) is not None:
+        return NoSpaceLeft.exit_code
+    code = getattr(type(exception), "exit_code", None)
+    if isinstance(code, int):
+        return code
+    return 130 if isinstance(exception, KeyboardInterrupt) else None
+
+
+def message_of(exception: BaseException) -> str:
+    """One paragraph about an exception: what is wrong, where, and what to do."""
+    if isinstance(exception, KeyboardInterrupt):
+        how = "terminated" if isinstance(exception, Terminated) else "interrupted"
+        return f"{how}; the same command goes on from the last finished stage or checkpoint"
+    cause = _no_space_cause(exception)
+    if cause is not None:
+        return no_space_message(cause)
+    return str(exception) or type(exception).__name__
+
+
+def is_no_space(exception: BaseException) -> bool:
+    """True when the exception, or what led to it, is a write that found no space left."""
+    return _no_space_cause(exception) is not None
+
+
+def no_space_message(exception: BaseException, directory: Path | None = None) -> str:
+    """What to tell about a write that found no space left.
+
+    Args:
+        exception: any exception for which :func:`is_no_space` holds.
+        directory: where the writing happened, for the exceptions that do not name a file.
+    """
+    cause = _no_space_cause(exception) or exception
+    if isinstance(cause, NoSpaceLeft):
+        return str(cause)
+    filename = getattr(cause, "filename", None)
+    where = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else directory or Path.cwd()
+    existing = next(path for path in (where, *where.absolute().parents) if path.exists())
+    facts = [f"{shutil.disk_usage(existing).free / 1e9:.2f} GB free on that file system"]
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY:
+        facts.append(f"files are limited to {limit} bytes, see 'ulimit -f'")
+    return (
+        f"no space left: writing to {where} failed ({', '.join(facts)}). Free some space or raise the limit, then give "
+        "the same command again: finished stages and checkpoints are kept."
+    )
+
+
+def _no_space_cause(exception: BaseException) -> BaseException | None:
+    for link in _chain(exception):
+        if isinstance(link, NoSpaceLeft):
+            return link
+        if isinstance(link, OSError) and link.errno in _NO_SPACE_ERRNOS:
+            return link
+        if isinstance(link, RuntimeError) and any(text in str(link) for text in _NO_SPACE_MESSAGES):
+            return link
+    return None
+
+
+def _chain(exception: BaseException) -> Iterator[BaseException]:
+    """The exception and what led to it, as a traceback would show it."""
+    seen: set[int] = set()
+    link: BaseException | None = exception
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+
+
+def _number(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _because(reason: str) -> str:
+    return f" ({reason})" if reason else ""

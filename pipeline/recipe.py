@@ -1,0 +1,186 @@
+"""Recipes: load a detectron2 LazyConfig file, apply overrides, refuse what is misspelt or of a wrong type.
+
+A recipe has exactly the sections in ``SECTIONS``. ``model`` is detectron2's own lazy tree; the others are lazy calls of
+frozen dataclasses. Nothing heavy is imported before :func:`load` is called.
+"""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import shlex
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RecipeError
+from pipeline.overrides import SECTIONS, apply_overrides, located, suggestion, target_of
+from pipeline.typed import convert
+
+RECIPES_DIR = Path(__file__).resolve().parent / "recipes"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A complete description of one deployment.
+
+    Attributes:
+        name: names the run's folder.
+        overrides: as given on the command line.
+        model: detectron2's lazy tree, for ``detectron2.config.instantiate``.
+        sections: the instantiated dataclass of every other section, by name.
+        resolved: the plain JSON form of every section, ``model`` included; callables as dotted names.
+    """
+
+    name: str
+    path: Path
+    overrides: tuple[str, ...] = ()
+    model: Any = None
+    sections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def section_json(self, name: str) -> Any:
+        """The resolved section as plain JSON, for fingerprints and the report."""
+        return self.resolved[name]
+
+    @property
+    def command(self) -> str:
+        """The command line that runs this recipe."""
+        given = self.name if self.path.parent == RECIPES_DIR else str(self.path)
+        return shlex.join(["python", "-m", "pipeline", "run", given, *self.overrides])
+
+
+def available() -> list[str]:
+    """Names of the recipes that come with the project."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe.
+
+    Args:
+        path_or_name: a file, or the name of one in ``pipeline/recipes``.
+        overrides: see :func:`pipeline.overrides.apply_overrides`.
+
+    Raises:
+        RecipeError: anything in the file or an override is wrong.
+    """
+    path = _find(str(path_or_name))
+    config = _execute(path)
+    _check_sections(path, config)
+    apply_overrides(config, overrides)
+    sections = {name: _instantiated(path, name, config) for name in SECTIONS if name != "model"}
+    resolved = {
+        name: {"_target_": _dotted(type(section)), **_json(section, name)} for name, section in sections.items()
+    }
+    resolved["model"] = _json(_container(path, config, "model"), "model")
+    return Recipe(
+        name=path.stem,
+        path=path,
+        overrides=tuple(overrides),
+        model=config["model"],
+        sections=sections,
+        resolved=resolved,
+    )
+
+
+def _find(path_or_name: str) -> Path:
+    if path_or_name.endswith(".py") or "/" in path_or_name:
+        path = Path(path_or_name).absolute()
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {path}; give an existing file or one of {', '.join(available())}")
+        return path
+    if path_or_name not in available():
+        raise RecipeError(f"no recipe {path_or_name!r}{suggestion(path_or_name, available())}")
+    return RECIPES_DIR / f"{path_or_name}.py"
+
+
+def _execute(path: Path) -> Any:
+    """Run the recipe file and collect its sections."""
+    from detectron2.config import LazyConfig
+
+    original_import = builtins.__import__
+    try:
+        return LazyConfig.load(str(path))
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error.__cause__, SyntaxError) else error
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = cause.lineno if isinstance(cause, SyntaxError) else frames[-1].lineno if frames else 1
+        what = cause.msg if isinstance(cause, SyntaxError) else cause
+        raise RecipeError(f"recipe {path}, line {line}: {type(cause).__name__}: {what}") from error
+    finally:
+        builtins.__import__ = original_import  # LazyConfig leaves its own in place when the file raises
+
+
+def _check_sections(path: Path, config: Any) -> None:
+    for name in config:
+        if name not in SECTIONS:
+            raise RecipeError(
+                f"recipe {path}: unknown section {name!r}{suggestion(name, SECTIONS)}. "
+                "A variable that only helps to build a section starts with an underscore."
+            )
+    missing = [name for name in SECTIONS if name not in config]
+    if missing:
+        raise RecipeError(f"recipe {path} lacks the section{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    for name in SECTIONS:
+        target = target_of(config[name])
+        if name != "model" and not dataclasses.is_dataclass(target):
+            raise RecipeError(f"recipe {path}: section {name} is not a lazy call of a configuration dataclass")
+
+
+def _instantiated(path: Path, name: str, config: Any) -> Any:
+    """The section's dataclass, every value converted to the type its field states."""
+    return _build(f"{name}", target_of(config[name]), _container(path, config, name))
+
+
+def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
+    given = {key: value for key, value in values.items() if key != "_target_"}
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in given:
+        if key not in fields:
+            raise RecipeError(f"recipe section {where} has no key {key!r}{suggestion(key, fields)}")
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [n for n, f in fields.items() if (f.default, f.default_factory) == required and f.init and n not in given]
+    if missing:
+        raise RecipeError(f"recipe section {where} lacks {', '.join(missing)}, which {cls.__name__} has no default for")
+    for key, value in given.items():
+        if isinstance(value, Mapping) and "_target_" in value:
+            given[key] = _build(f"{where}.{key}", located(value["_target_"]), value)
+    try:
+        return cls(**convert(where, cls, given))
+    except ValueError as error:
+        raise RecipeError(f"recipe section {where}: {error}") from error
+
+
+def _container(path: Path, config: Any, name: str) -> Any:
+    """A section as plain containers, with references to other keys replaced by their values."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(config[name], resolve=True)
+    except OmegaConfBaseException as error:
+        raise RecipeError(f"recipe {path}, section {name}: {error}") from error
+
+
+def _json(value: Any, where: str) -> Any:
+    """Plain JSON with callables as dotted names, so that equal recipes have equal text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _json(getattr(value, field.name), where) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _json(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(item, where) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    text = _dotted(value) if callable(value) else repr(value)
+    if " at 0x" in text or "<lambda>" in text or "<locals>" in text:
+        raise RecipeError(f"recipe section {where}: {text} has no stable name; use something that can be imported")
+    return text
+
+
+def _dotted(target: Any) -> str:
+    return f"{target.__module__}.{target.__qualname__}" if hasattr(target, "__qualname__") else repr(target)
