@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -20,11 +20,11 @@ _EXIF_ORIENTATION = 0x0112
 _EXIF_TURNED = (5, 6, 7, 8)
 
 
-def _is_integer(value: object) -> bool:
+def _is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _ENDLESS
 
 
@@ -162,6 +162,7 @@ def pixel_problem(image_dir: Path, image: Mapping[str, Any]) -> str | None:
     if found != expected:
         return (
             f"image id {image['id']}: {image_dir / image['file_name']} is {found[0]} × {found[1]} pixels and the "
-            f"annotation file says {expected[0]} × {expected[1]}; correct width and height there, or fetch the original image."
+            f"annotation file says {expected[0]} × {expected[1]}; correct width and height there, or "
+            f"fetch the original image."
         )
     return None

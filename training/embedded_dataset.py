@@ -74,7 +74,7 @@ def generate(
         The two annotation files, training first.
 
     Raises:
-        FileNotFoundError: if a package whose files the images are made of is not installed.
+        EmbeddedSourceMissing: if a package whose files the images are made of is not installed.
     """
     (directory / "images").mkdir(parents=True, exist_ok=True)
     num_images = {"train": num_train, "validation": num_validation}

@@ -19,6 +19,13 @@ from PIL import Image
 
 SPLITS = ("train", "validation")
 
+
+class EmbeddedSourceMissing(RuntimeError):
+    """A package whose files the embedded data set is composed of is not installed."""
+
+    exit_code = 4
+
+
 _WALKERS = "climb0 climb1 fall idle walk0 walk1 walk2 walk3 walk7", "jump walk4 walk5 walk6"
 _NUMBERS = "2 4 5 6 7 9 10 A J K", "3 8 Q"
 _SUITS = ("Clubs", "Diamonds", "Hearts", "Spades")
@@ -171,7 +178,7 @@ def _package_folder(package: str, *below: str) -> Path:
     """The folder of an installed package's files, found without importing the package."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise FileNotFoundError(
+        raise EmbeddedSourceMissing(
             f"the embedded data set needs the package {package}, whose files it is composed of, and it is not "
             f"installed; `make train-export-deploy` installs it, or name a data set of your own with dataset.train=..."
         )
