@@ -1,0 +1,101 @@
+"""Greedy class-wise non-maximum suppression with a fixed output shape, out of operators every target has.
+
+The result equals greedy NMS: by falling score, keep a box unless a kept box of its class has IoU > threshold with it,
+until R are kept. Candidates are taken in windows of W, the best that remain. In a window the keep mask is refined by
+``keep[j] = candidate[j] and no i < j with keep[i] and overlap[i, j]``; an entry depends on earlier ones only, so a
+prefix that a round leaves unchanged is final. What is final is taken out, and the loop ends when every image has R
+boxes or nothing left: the cost follows the scene and not R.
+
+Shape legend: N images, C candidates, R detection slots, W the window.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._higher_order_ops.while_loop import while_loop
+
+WINDOW = 64
+ROUNDS = 4
+_TINY = float(np.finfo(np.float32).tiny)
+
+
+def greedy_nms(
+    boxes: Tensor, scores: Tensor, labels: Tensor, *, iou_threshold: float, max_detections: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Greedy class-wise NMS of a batch.
+
+    Args:
+        boxes: (N, C, 4) float32 xyxy.
+        scores: (N, C) float32; a candidate with score <= 0 does not exist.
+        labels: (N, C) int32.
+        iou_threshold: a box is dropped where its IoU with a kept box of its class is greater.
+        max_detections: R.
+
+    Returns:
+        Boxes (N, R, 4), scores (N, R) descending, labels (N, R); empty slots are zero.
+    """
+    threshold = _largest_float32_up_to(iou_threshold)
+    num_window = min(WINDOW, scores.shape[1])
+    position = torch.arange(num_window, device=boxes.device)
+    earlier = position[:, None] < position[None, :]
+
+    def unfinished(remaining: Tensor, kept_boxes: Tensor, kept_scores: Tensor, kept_labels: Tensor) -> Tensor:
+        return ((remaining.amax(dim=1) > 0) & (kept_scores[:, -1] <= 0)).any()
+
+    def advance(
+        remaining: Tensor, kept_boxes: Tensor, kept_scores: Tensor, kept_labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        new_scores, index = remaining.topk(num_window, dim=1)
+        new_boxes, new_labels = rows(boxes, index), labels.gather(1, index)
+        all_boxes = torch.cat([kept_boxes, new_boxes], dim=1)
+        all_labels = torch.cat([kept_labels, new_labels], dim=1)
+        overlap = _iou(all_boxes, new_boxes) > threshold
+        overlap = overlap & (all_labels[:, :, None] == new_labels[:, None, :])
+        candidate = (new_scores > 0) & ~overlap[:, :max_detections].any(dim=1)
+        within = overlap[:, max_detections:] & earlier
+        keep = previous = candidate
+        for _ in range(ROUNDS):
+            previous = keep
+            keep = candidate & ~(within & keep[:, :, None]).any(dim=1)
+        first_unsettled = torch.where(keep != previous, position, num_window).amin(dim=1, keepdim=True)
+        settled = position < first_unsettled
+        nothing = torch.zeros_like(new_scores)
+        remaining = remaining.scatter(1, index, torch.where(settled, nothing, new_scores))
+        # All new scores rank below the kept ones, so the top R of both is the kept list with the new boxes appended.
+        new_scores = torch.where(keep & settled, new_scores, nothing)
+        kept_scores, top = torch.cat([kept_scores, new_scores], dim=1).topk(max_detections, dim=1)
+        return remaining, rows(all_boxes, top), kept_scores, all_labels.gather(1, top)
+
+    state = (scores, *(x.new_zeros((x.shape[0], max_detections, *x.shape[2:])) for x in (boxes, scores, labels)))
+    if torch.compiler.is_exporting():
+        state = while_loop(unfinished, advance, state)
+    else:  # run eagerly, the operator would compile its body; this is the loop it stands for
+        while unfinished(*state):
+            state = advance(*state)
+    _, kept_boxes, kept_scores, kept_labels = state
+    exists = kept_scores > 0
+    return kept_boxes * exists[:, :, None], kept_scores, kept_labels * exists
+
+
+def rows(values: Tensor, indices: Tensor) -> Tensor:
+    """Take rows of every image: (N, C, D) at (N, M) gives (N, M, D)."""
+    return values.gather(1, indices[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of every box of (N, A, 4) with every box of (N, B, 4), in torchvision's order of operations; 0 / 0 is 0."""
+    ax1, ay1, ax2, ay2 = a[:, :, None].unbind(-1)
+    bx1, by1, bx2, by2 = b[:, None].unbind(-1)
+    width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
+    height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
+    intersection = width * height
+    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
+    return intersection / union.clamp(min=_TINY)
+
+
+def _largest_float32_up_to(value: float) -> float:
+    """``x > value`` for float32 x, as torchvision compares it in float64, is ``x > this`` in float32."""
+    rounded = np.float32(value)
+    return float(rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-1)))

@@ -1,0 +1,191 @@
+"""Runners: one small protocol over every format a detector runs in, so that parity, AP and latency are written once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from export.signature import OUTPUT_NAMES, Detections, DetectorSignature, detections_from_outputs
+from export.targets.tensorrt_target import EngineUnavailable, load_tensorrt, quiet_logger
+
+
+class Runner(Protocol):
+    """Runs a detector in one format; a context manager that closes itself.
+
+    Attributes:
+        name: for reports.
+        signature: what goes in and comes out.
+    """
+
+    name: str
+    signature: DetectorSignature
+
+    def run(self, images: np.ndarray) -> list[Detections]:
+        """Detect in a batch.
+
+        Args:
+            images: uint8 (N, 3, H, W), 1 <= N <= ``signature.max_batch_size``; larger sets are the caller's to split.
+
+        Returns:
+            One :class:`Detections` an image, boxes in canvas pixels.
+
+        Raises:
+            ValueError: ``images`` is not what the signature says.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what the runner holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class TorchRunner(Runner):
+    """The export graph in eager PyTorch, on the device it is on, in true float32."""
+
+    name = "torch"
+
+    def __init__(self, graph: nn.Module, signature: DetectorSignature) -> None:
+        self.signature = signature
+        self._graph = graph.eval()
+        self._device = next(graph.buffers()).device
+
+    def run(self, images: np.ndarray) -> list[Detections]:
+        self.signature.check_images(images)
+        # cuDNN would use TF32 for convolutions, which is not the precision that parity is about.
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            outputs = self._graph(torch.from_numpy(images).to(self._device))
+        return detections_from_outputs([output.cpu().numpy() for output in outputs])
+
+
+class OnnxRuntimeRunner(Runner):
+    """An ONNX file in ONNX Runtime, on the GPU when there is one, otherwise on the CPU."""
+
+    name = "ONNX Runtime"
+
+    def __init__(
+        self,
+        onnx_path: Path,
+        signature: DetectorSignature,
+        num_threads: int | None = None,
+        allow_spinning: bool = True,
+        providers: Sequence[str] | None = None,
+    ) -> None:
+        """Load the file.
+
+        Args:
+            onnx_path: from :func:`export.targets.onnx_target.export_onnx`.
+            signature: the one beside it.
+            num_threads: of one operator; None lets ONNX Runtime take every core.
+            allow_spinning: whether idle threads spin; off where others share the cores.
+            providers: ONNX Runtime's execution providers; None takes CUDA when it is usable, and the CPU.
+        """
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(allow_spinning)))
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        self.signature = signature
+        self._session = onnxruntime.InferenceSession(
+            str(onnx_path), options, providers=_usable_providers() if providers is None else list(providers)
+        )
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers in use, most preferred first."""
+        return tuple(self._session.get_providers())
+
+    def run(self, images: np.ndarray) -> list[Detections]:
+        self.signature.check_images(images)
+        return detections_from_outputs(self._session.run(list(OUTPUT_NAMES), {self.signature.input_name: images}))
+
+    def close(self) -> None:
+        del self._session
+
+
+def _usable_providers() -> list[Any]:
+    """CUDA with true float32 where the build has it and a device answers, then the CPU."""
+    cpu = "CPUExecutionProvider"
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not _has_nvidia_gpu():
+        return [cpu]
+    onnxruntime.preload_dlls()
+    return [("CUDAExecutionProvider", {"use_tf32": "0"}), cpu]
+
+
+def _has_nvidia_gpu() -> bool:
+    """Whether the NVIDIA driver is there and sees a device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+class TensorRTRunner(Runner):
+    """An engine in TensorRT or TensorRT-RTX, with torch tensors as device buffers."""
+
+    name = "TensorRT"
+
+    def __init__(self, plan_path: Path, signature: DetectorSignature) -> None:
+        """Load the engine.
+
+        Raises:
+            EngineUnavailable: no NVIDIA GPU, no TensorRT, or the engine is not for this GPU or version.
+        """
+        if not torch.cuda.is_available():
+            raise EngineUnavailable(f"engine: {plan_path} cannot run here: no NVIDIA GPU (torch finds no CUDA device)")
+        trt = load_tensorrt()
+        logger = quiet_logger(trt)
+        self.signature = signature
+        self._runtime = trt.Runtime(logger)
+        self._engine = self._runtime.deserialize_cuda_engine(plan_path.read_bytes())
+        if self._engine is None:
+            raise EngineUnavailable(
+                f"engine: {plan_path} does not load in {trt.__name__} {trt.__version__} on this GPU "
+                f"({torch.cuda.get_device_name()}): {'; '.join(logger.messages) or 'no reason given'}. "
+                "Build it again here with --force --from engine."
+            )
+        self._context = self._engine.create_execution_context()
+        self._stream = torch.cuda.Stream()
+        slots, batch = signature.max_detections, signature.max_batch_size
+        shapes = {"num_detections": (1,), "boxes": (slots, 4), "scores": (slots,), "labels": (slots,)}
+        self._outputs = {
+            name: torch.empty((batch, *shapes[name]), device="cuda", dtype=_TORCH_DTYPES[name]) for name in OUTPUT_NAMES
+        }
+
+    def run(self, images: np.ndarray) -> list[Detections]:
+        self.signature.check_images(images)
+        num_images = len(images)
+        with torch.cuda.stream(self._stream):
+            on_device = torch.from_numpy(images).cuda(non_blocking=True).contiguous()
+            self._context.set_input_shape(self.signature.input_name, tuple(on_device.shape))
+            self._context.set_tensor_address(self.signature.input_name, on_device.data_ptr())
+            for name, buffer in self._outputs.items():
+                self._context.set_tensor_address(name, buffer.data_ptr())
+            if not self._context.execute_async_v3(self._stream.cuda_stream):
+                raise RuntimeError(f"engine: TensorRT failed to run a batch of {num_images}")
+            outputs = [self._outputs[name][:num_images].cpu().numpy() for name in OUTPUT_NAMES]
+        return detections_from_outputs(outputs)
+
+    def close(self) -> None:
+        del self._context, self._engine, self._runtime
+
+
+_TORCH_DTYPES = {
+    "num_detections": torch.int32,
+    "boxes": torch.float32,
+    "scores": torch.float32,
+    "labels": torch.int32,
+}

@@ -1,0 +1,139 @@
+"""Export graph → one self-contained ONNX file."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+
+from export.signature import OUTPUT_NAMES, DetectorSignature
+
+OPSET = 20
+SIGNATURE_KEY = "detector_signature"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnnxFacts:
+    """What an exported file contains.
+
+    Attributes:
+        opset: of the default ONNX domain.
+        num_nodes: nodes, those inside loop bodies included.
+        num_initializers: stored tensors of the main graph.
+        size_bytes: of the file, weights included.
+        ops: number of nodes of each operator, most frequent first.
+    """
+
+    opset: int
+    num_nodes: int
+    num_initializers: int
+    size_bytes: int
+    ops: dict[str, int]
+
+
+def export_onnx(graph: nn.Module, signature: DetectorSignature, path: Path) -> OnnxFacts:
+    """Write the graph as ONNX, weights inside, with a symbolic batch dimension and no other.
+
+    The file is checked (ONNX's own checker with shape inference, names and shapes against the signature), carries the
+    signature's JSON as metadata under ``SIGNATURE_KEY``, and holds nothing of the machine that wrote it. It appears
+    under its name only when it is whole.
+
+    Args:
+        graph: from :func:`export.detector_graph.detector_graph`.
+        signature: the one the graph was built with.
+        path: the file to write; an existing one is replaced.
+    """
+    model = _exported(graph, signature)
+    onnx.helper.set_model_props(model, {SIGNATURE_KEY: signature.to_json()})
+    onnx.checker.check_model(model, full_check=True)
+    _check_promise(model, signature)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(model.SerializeToString())
+    os.replace(partial, path)
+    nodes = list(_nodes(model.graph))
+    return OnnxFacts(
+        opset=next(o.version for o in model.opset_import if o.domain == ""),
+        num_nodes=len(nodes),
+        num_initializers=len(model.graph.initializer),
+        size_bytes=path.stat().st_size,
+        ops=dict(collections.Counter(node.op_type for node in nodes).most_common()),
+    )
+
+
+def _exported(graph: nn.Module, signature: DetectorSignature) -> onnx.ModelProto:
+    # Batch 2, because tracing bakes in a dimension of size 1. No gradients, because detectron2's frozen batch norm
+    # takes a form that is not folded into the convolution when they are on.
+    batch = torch.export.Dim("batch", min=1, max=max(signature.max_batch_size, 2))
+    device = next(graph.buffers()).device
+    images = torch.zeros(2, *signature.image_shape, dtype=torch.uint8, device=device)
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            graph.eval(),
+            (images,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[signature.input_name],
+            output_names=list(OUTPUT_NAMES),
+            dynamic_shapes=({0: batch},),
+            verbose=False,
+        )
+        assert program is not None  # with dynamo=True it always returns the program
+        model = program.model_proto
+    for node in _nodes(model.graph):  # stack traces with this machine's paths
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    model.graph.ClearField("metadata_props")
+    return model
+
+
+def _check_promise(model: onnx.ModelProto, signature: DetectorSignature) -> None:
+    slots = signature.max_detections
+    expected = [
+        (signature.input_name, onnx.TensorProto.UINT8, signature.image_shape),
+        ("num_detections", onnx.TensorProto.INT32, (1,)),
+        ("boxes", onnx.TensorProto.FLOAT, (slots, 4)),
+        ("scores", onnx.TensorProto.FLOAT, (slots,)),
+        ("labels", onnx.TensorProto.INT32, (slots,)),
+    ]
+    found = []
+    for value in [*model.graph.input, *model.graph.output]:
+        batch, *rest = value.type.tensor_type.shape.dim
+        if not batch.dim_param:
+            raise RuntimeError(f"onnx: the batch dimension of {value.name!r} is fixed at {batch.dim_value}")
+        found.append((value.name, value.type.tensor_type.elem_type, tuple(d.dim_param or d.dim_value for d in rest)))
+    if found != expected:
+        raise RuntimeError(f"onnx: the graph's inputs and outputs are {found}, but the signature promises {expected}")
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's progress, warnings and log lines; exceptions pass."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        logging.disable(disabled)
