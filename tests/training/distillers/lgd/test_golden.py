@@ -1,4 +1,4 @@
-"""The implicit teacher against vectors recorded from the authors' code: values and gradients, 1e-4 of each array's maximum.
+"""The implicit teacher against vectors recorded from the authors' code: values and gradients, to 1e-4 of each maximum.
 
 The compact vectors (tests/golden/lgd, made by tests/golden/make_lgd.py) are in the repository; the full recording is
 compared too where it lies beside the checkout.

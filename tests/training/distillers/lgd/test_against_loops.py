@@ -1,0 +1,229 @@
+"""The distiller against the same mathematics written a second time, one image, level, object and cell at a time.
+
+The second writing shares nothing with the modules but the names of their parameters. It knows no padding, no batched
+attention and no library normalisation; only the convolution is PyTorch's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.distillers.lgd.distiller import LgdConfig
+
+EPSILON = 1e-5
+
+
+@dataclass
+class LoopTeacher:
+    """LGD in loops, over the parameters of a `LabelGuidedDistiller`."""
+
+    parameters: dict[str, Tensor]
+    num_classes: int
+    config: LgdConfig
+    padded_size: tuple[int, int]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return self.parameters[f"{name}.weight"] @ x + self.parameters[f"{name}.bias"]
+
+    def convolution(self, name: str, x: Tensor) -> Tensor:
+        weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
+        return F.conv2d(x[None], weight, bias, padding=1)[0]
+
+    def layer(self, name: str, x: Tensor) -> Tensor:
+        return standardized(self.linear(f"implicit_teacher.{name}", x)).clamp(min=0)
+
+    def transform(self, name: str, x: Tensor) -> Tensor:
+        hidden = x
+        for index in range(5):
+            hidden = self.layer(f"{name}.matrix.{index}", hidden)
+        matrix = self.linear(f"implicit_teacher.{name}.matrix.5", hidden).reshape(len(x), len(x))
+        return torch.stack([sum(x[row] * matrix[row, column] for row in range(len(x))) for column in range(len(x))])
+
+    def objects(self, boxes: list[list[float]], classes: list[int]) -> list[tuple[list[float], int | None]]:
+        """Clamped boxes and classes of an image, with what is added to them."""
+        height, width = self.padded_size
+        rows: list[tuple[list[float], int | None]] = list(zip(boxes, classes, strict=True))
+        if not rows:
+            rows = [([0.0, 0.0, 1.0, 1.0], None)]
+        elif self.config.context_object:
+            rows.append(([0.0, 0.0, float(width), float(height)], None))
+        limits = (width - 1, height - 1, width - 1, height - 1)
+        return [([min(max(v, 0.0), limit) for v, limit in zip(box, limits, strict=True)], c) for box, c in rows]
+
+    def label_embeddings(self, rows: list[tuple[list[float], int | None]]) -> list[Tensor]:
+        height, width = self.padded_size
+        local, wide = [], []
+        for (x1, y1, x2, y2), class_id in rows:
+            code = [1.0 if k == class_id else 0.0 for k in range(self.num_classes)]
+            values = [x1 / width, y1 / height, x2 / width, y2 / height, *code]
+            x = torch.tensor([2 * value - 1 for value in values], dtype=torch.float64)
+            x = self.layer("label_encoder.local.1", self.transform("label_encoder.local.0", x))
+            local.append(self.transform("label_encoder.local.2", x))
+            wide.append(self.layer("label_encoder.wide.1", self.layer("label_encoder.wide.0", local[-1])))
+        image_wide = wide[0]
+        for other in wide[1:]:
+            image_wide = torch.maximum(image_wide, other)
+        return [self.layer("label_encoder.embedding", torch.cat((x, image_wide))) for x in local]
+
+    def cells(self, box: list[float], map_height: int, map_width: int) -> list[tuple[int, int]]:
+        height, width = self.padded_size
+        x1, x2 = (box[i] * map_width / width for i in (0, 2))
+        y1, y2 = (box[i] * map_height / height for i in (1, 3))
+        return [
+            (row, column)
+            for row in range(map_height)
+            for column in range(map_width)
+            if x2 > x1 and y2 > y1
+            if abs(column - (x1 + x2) / 2) <= (x2 - x1) / 2 and abs(row - (y1 + y2) / 2) <= (y2 - y1) / 2
+        ]
+
+    def appearance(self, features: Tensor, cells: list[tuple[int, int]]) -> Tensor:
+        total = torch.zeros(len(features), dtype=torch.float64)
+        for row, column in cells:
+            total = total + features[:, row, column]
+        return total / max(1, len(cells))
+
+    def attend(self, query: Tensor, others: list[Tensor]) -> Tensor:
+        channels, name = len(query), "implicit_teacher.relation_adapter.attention"
+        width = channels // self.config.num_heads
+        weight, bias = self.parameters[f"{name}.in_proj_weight"], self.parameters[f"{name}.in_proj_bias"]
+
+        def project(part: int, x: Tensor) -> Tensor:
+            rows = slice(part * channels, (part + 1) * channels)
+            return weight[rows] @ x + bias[rows]
+
+        asked, keys, values = project(0, query), [project(1, x) for x in others], [project(2, x) for x in others]
+        heads = []
+        for head in range(self.config.num_heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = [(asked[part] @ key[part]) / math.sqrt(width) for key in keys]
+            exponentials = [torch.exp(score - max(scores)) for score in scores]
+            heads.append(
+                sum(e * value[part] for e, value in zip(exponentials, values, strict=True)) / sum(exponentials)
+            )
+        return self.linear(f"{name}.out_proj", torch.cat(heads))
+
+    def teacher_features(self, features: Tensor, rows: list[tuple[list[float], int | None]]) -> Tensor:
+        """(C, H, W) of one image at one level -> the same of the teacher."""
+        _, map_height, map_width = features.shape
+        source = features.detach() if self.config.detach_appearance else features
+        projected = standardized(self.convolution("implicit_teacher.appearance_encoder.projection", source)).clamp(
+            min=0
+        )
+        covered = [self.cells(box, map_height, map_width) for box, _ in rows]
+        appearance = [self.appearance(projected, cells) for cells in covered]
+        labels = [self.layer("relation_adapter.label_projection", u) for u in self.label_embeddings(rows)]
+        asking, answering = (appearance, labels) if self.config.query == "appearance" else (labels, appearance)
+        interacted = [self.attend(query, answering) for query in asking]
+
+        mapper = "implicit_teacher.knowledge_mapper"
+        painted = torch.zeros_like(features)
+        painted_rows = len(rows) - 1 if self.config.context_object else len(rows)
+        for index in range(painted_rows):
+            vector = self.linear(f"{mapper}.object_projection", interacted[index])
+            for row, column in covered[index]:
+                cell = torch.zeros(map_height, map_width, dtype=torch.float64)
+                cell[row, column] = 1
+                painted = painted + vector[:, None, None] * cell
+        result = self.convolution(f"{mapper}.spread", painted)
+        if self.config.context_object:
+            result = result + self.linear(f"{mapper}.context_projection", interacted[-1])[:, None, None]
+        for index in range(3):
+            result = standardized(self.convolution(f"{mapper}.refinement.{index}", result.clamp(min=0)))
+        return result
+
+    def adapted(self, features: Tensor) -> Tensor:
+        for index in (0, 2):
+            features = self.convolution(f"adapter.{index}", features).clamp(min=0)
+        return self.convolution("adapter.4", features)
+
+
+def standardized(x: Tensor) -> Tensor:
+    mean = x.sum() / x.numel()
+    variance = ((x - mean) ** 2).sum() / x.numel()
+    return (x - mean) / torch.sqrt(variance + EPSILON)
+
+
+def distillation_loss_in_loops(teacher: LoopTeacher, student: list[Tensor], instructive: list[Tensor]) -> Tensor:
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for features, target in zip(student, instructive, strict=True):
+        for ours, theirs in zip(teacher.adapted(features), target.detach(), strict=True):
+            total = total + ((standardized(ours) - standardized(theirs)) ** 2).sum()
+            count += ours.numel()
+    return teacher.config.loss_weight * total / count
+
+
+BOXES: list[list[list[float]]] = [
+    [[3.3, 5.1, 60.2, 44.7], [30.0, 10.0, 95.0, 63.0], [70.4, 40.1, 72.0, 41.3]],
+    [],
+    [[-4.0, 20.5, 130.0, 90.0]],
+]
+
+CASES = {
+    "context": (LgdConfig(loss_weight=0.7), 32, 5, {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}),
+    "no context": (LgdConfig(context_object=False), 32, 5, {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}),
+    "detached": (LgdConfig(detach_appearance=True, num_heads=2), 8, 1, {"p4": (4, 6)}),
+    "labels ask": (LgdConfig(query="label", num_heads=4), 16, 3, {"p5": (2, 3), "p6": (1, 2), "p7": (1, 1)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_teacher_loss_and_all_gradients_equal_a_computation_in_loops(case: str, labels: Callable[..., Any]) -> None:
+    config, channels, num_classes, map_sizes = CASES[case]
+    torch.manual_seed(0)
+    distiller = config.build(channels=channels, num_classes=num_classes, level_names=list(map_sizes)).double()
+    with torch.no_grad():
+        for name, parameter in distiller.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)  # attention's biases start at zero, which would hide them
+    padded_size = (64, 96)
+    classes = [[index % num_classes for index in range(len(boxes))] for boxes in BOXES]
+    gt_instances = [labels(b, c, padded_size) for b, c in zip(BOXES, classes, strict=True)]
+    features = {
+        level: torch.randn(len(BOXES), channels, *size, dtype=torch.float64, requires_grad=True)
+        for level, size in map_sizes.items()
+    }
+
+    teacher = distiller.teacher_features(features, gt_instances, padded_size)
+    loss = distiller.distillation_loss(features, teacher, distill=True)
+
+    loops = LoopTeacher(dict(distiller.named_parameters()), num_classes, config, padded_size)
+    expected: dict[str, Tensor] = {}
+    for level, feature in features.items():
+        images = zip(feature, BOXES, classes, strict=True)
+        expected[level] = torch.stack([loops.teacher_features(x, loops.objects(b, c)) for x, b, c in images])
+    students = [image for feature in features.values() for image in feature]
+    expected_loss = distillation_loss_in_loops(loops, students, [i for t in expected.values() for i in t])
+
+    weights = {level: torch.randn_like(feature) for level, feature in features.items()}
+    wanted = {**features, **dict(distiller.named_parameters())}
+    gradients = _gradients(loss, teacher, weights, wanted)
+    expected_gradients = _gradients(expected_loss, expected, weights, wanted)
+
+    for level in features:
+        _assert_close(teacher[level], expected[level], level)
+    _assert_close(loss, expected_loss, "loss")
+    scale = max(gradient.abs().max() for gradient in expected_gradients.values())
+    for name in wanted:
+        # Some are zero in exact arithmetic (a key's bias under softmax): their rounding is judged by the scale of all.
+        difference = (gradients[name] - expected_gradients[name]).abs().max()
+        assert difference <= 1e-5 * expected_gradients[name].abs().max() + 1e-9 * scale, name
+
+
+def _gradients(loss: Tensor, teacher: dict[str, Tensor], weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict:
+    total = loss + sum((weights[level] * teacher[level]).mean() for level in weights)
+    found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(wanted, found, strict=True))
+
+
+def _assert_close(found: Tensor, expected: Tensor, name: str) -> None:
+    # Box corners are float32 in the distiller: that bounds the agreement.
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), name
