@@ -44,7 +44,7 @@ def average_precision(
 def per_class_average_precision(
     annotation_file: Path, detections: Mapping[int, Detections], category_ids: Sequence[int]
 ) -> dict[int, float]:
-    """COCO box AP of each category id in percent, as :func:`average_precision`; NaN for a class without ground truth."""
+    """COCO box AP of each category id in percent; NaN where a class has no ground truth."""
     evaluator = _evaluated(annotation_file, detections, category_ids)
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # (T, P, K), all areas, 100 detections
     result = {}

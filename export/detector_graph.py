@@ -153,8 +153,8 @@ class RetinaNetGraph(nn.Module):
         num_anchors = logits.shape[1] // self.num_classes
         flat = logits.flatten(1)
         top_logits, top = flat.topk(min(self.num_candidates, flat.shape[1]), dim=1)
-        plane = torch.div(top, grid, rounding_mode="trunc")
-        anchor = torch.div(plane, self.num_classes, rounding_mode="trunc")
+        plane = top // grid
+        anchor = plane // self.num_classes
         labels = plane - anchor * self.num_classes
         index = (top - plane * grid) * num_anchors + anchor
         deltas = deltas.reshape(-1, num_anchors, 4, grid).permute(0, 3, 1, 2).reshape(-1, grid * num_anchors, 4)

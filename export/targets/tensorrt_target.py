@@ -1,15 +1,70 @@
-"""ONNX file → TensorRT engine, strongly typed, with the precision audited."""
+"""ONNX file → TensorRT engine, strongly typed, with the precision audited layer by layer.
+
+``tensorrt`` where its libraries are installed, otherwise ``tensorrt_rtx``, which builds real engines on a machine
+without a GPU, for several architectures at once. Strong typing makes the engine's precision the network's own types, so
+the audit reads them from the network before the build; with a GPU the engine inspector confirms it afterwards.
+"""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import importlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from export.signature import DetectorSignature
+
+PRECISIONS = ("fp32", "tf32")
+_FLOAT_TYPES = {"FLOAT", "HALF", "BF16", "INT8", "FP8", "INT4", "FP4"}
+_ALLOWED = {"fp32": {"FLOAT"}, "tf32": {"FLOAT"}}  # TF32 is a way to multiply float32, not a type
 
 
 class EngineUnavailable(RuntimeError):
     """TensorRT, a GPU it needs, or an engine for this GPU is not there."""
 
     exit_code = 4
+
+
+class UnsupportedEngine(ValueError):
+    """The engine asked for cannot be built: unknown precision or architecture, or a node that TensorRT refuses."""
+
+    exit_code = 2
+
+
+class PrecisionMismatch(RuntimeError):
+    """The network's or the engine's layers are not of the precision asked for."""
+
+    exit_code = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What was built.
+
+    Attributes:
+        library, version: ``tensorrt`` or ``tensorrt_rtx`` and its version.
+        precision: as asked, and audited.
+        compute_capabilities: architectures the engine holds code for.
+        layers_by_dtype: number of layer outputs of each type in the strongly typed network, most frequent first.
+        size_bytes: of the plan.
+        seconds: of parsing and building.
+        inspector: what the engine inspector said, or why it was not asked.
+        warnings: what the library warned of.
+    """
+
+    library: str
+    version: str
+    precision: str
+    compute_capabilities: tuple[str, ...]
+    layers_by_dtype: dict[str, int]
+    size_bytes: int
+    seconds: float
+    inspector: str
+    warnings: tuple[str, ...]
 
 
 def load_tensorrt() -> Any:
@@ -33,7 +88,7 @@ def load_tensorrt() -> Any:
 
 
 def quiet_logger(trt: Any) -> Any:
-    """A TensorRT logger that prints nothing and keeps warnings and errors, deduplicated, in ``messages``."""
+    """A TensorRT logger that prints nothing and keeps warnings and errors, each once, in ``messages``."""
 
     class QuietLogger(trt.ILogger):
         def __init__(self) -> None:
@@ -45,3 +100,141 @@ def quiet_logger(trt: Any) -> Any:
                 self.messages.append(message)
 
     return QuietLogger()
+
+
+def build_engine(
+    onnx_path: Path,
+    plan_path: Path,
+    signature: DetectorSignature,
+    *,
+    precision: str = "fp32",
+    compute_capabilities: Sequence[str] = ("75", "80", "86", "89", "120"),
+) -> EngineFacts:
+    """Build an engine for batches of 1 to ``signature.max_batch_size`` and write its plan.
+
+    Args:
+        onnx_path: from :func:`export.targets.onnx_target.export_onnx`.
+        plan_path: the file to write; it appears under its name only when it is whole.
+        signature: the one beside the ONNX file.
+        precision: one of ``PRECISIONS``.
+        compute_capabilities: architectures for TensorRT-RTX. TensorRT proper builds for the GPU it runs on.
+
+    Raises:
+        UnsupportedEngine: unknown precision or architecture, or TensorRT refuses the graph, with the node's name.
+        PrecisionMismatch: a layer is not of the precision asked for.
+        EngineUnavailable: no usable TensorRT.
+    """
+    if precision not in PRECISIONS:
+        raise UnsupportedEngine(
+            f"engine: export.precision is {precision!r}; supported: {', '.join(PRECISIONS)}. The precision of an engine "
+            "is that of its ONNX file, which is float32."
+        )
+    trt = load_tensorrt()
+    logger = quiet_logger(trt)
+    start = time.monotonic()
+    builder = trt.Builder(logger)
+    network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser owns weights that the network refers to
+    layers_by_dtype = _audited(network, precision, onnx_path)
+    config, built_for = _configured(trt, builder, signature, precision, compute_capabilities)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise UnsupportedEngine(
+            f"engine: {trt.__name__} {trt.__version__} cannot build {onnx_path} for compute capabilities "
+            f"{', '.join(built_for)}: {'; '.join(logger.messages) or 'no reason given'}"
+        )
+    partial = plan_path.with_name(plan_path.name + ".partial")
+    partial.write_bytes(plan)
+    os.replace(partial, plan_path)
+    return EngineFacts(
+        library=trt.__name__,
+        version=trt.__version__,
+        precision=precision,
+        compute_capabilities=built_for,
+        layers_by_dtype=layers_by_dtype,
+        size_bytes=plan_path.stat().st_size,
+        seconds=time.monotonic() - start,
+        inspector=_inspected(trt, logger, plan, precision),
+        warnings=tuple(logger.messages),
+    )
+
+
+def _parsed(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
+    # TensorRT 11 and TensorRT-RTX know strong typing only and ignore the flag; 10.12 needs it.
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(onnx_path.read_bytes()):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        reasons = "; ".join(f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
+        raise UnsupportedEngine(f"engine: {trt.__name__} {trt.__version__} cannot parse {onnx_path}: {reasons}")
+    return network, parser
+
+
+def _audited(network: Any, precision: str, onnx_path: Path) -> dict[str, int]:
+    """Count the layer outputs of each type; raise unless every float type is one the precision allows."""
+    types: collections.Counter[str] = collections.Counter()
+    offenders = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        for output in range(layer.num_outputs):
+            name = layer.get_output_type(output).name
+            types[name] += 1
+            if name in _FLOAT_TYPES - _ALLOWED[precision]:
+                offenders.append(f"{layer.name!r} ({name})")
+    if offenders:
+        raise PrecisionMismatch(
+            f"engine: {precision} was asked for, but {len(offenders)} of {network.num_layers} layers of {onnx_path} "
+            f"are not: {', '.join(offenders[:5])}. Strongly typed, the engine would run them as they are; export again."
+        )
+    return dict(types.most_common())
+
+
+def _configured(
+    trt: Any, builder: Any, signature: DetectorSignature, precision: str, compute_capabilities: Sequence[str]
+) -> tuple[Any, tuple[str, ...]]:
+    """The builder's configuration and the architectures the engine will hold."""
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lets the inspector name types
+    if precision == "tf32":
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+    profile = builder.create_optimization_profile()
+    largest = signature.max_batch_size
+    profile.set_shape(signature.input_name, *((batch, *signature.image_shape) for batch in (1, largest, largest)))
+    config.add_optimization_profile(profile)
+    return config, _set_compute_capabilities(trt, config, compute_capabilities)
+
+
+def _set_compute_capabilities(trt: Any, config: Any, compute_capabilities: Sequence[str]) -> tuple[str, ...]:
+    """Name the target architectures where the library takes them; returns what the engine will hold."""
+    if not hasattr(config, "num_compute_capabilities"):
+        return ("this GPU",)
+    known = {name.removeprefix("SM"): value for name, value in trt.ComputeCapability.__members__.items()}
+    supported = [name for name in known if name.isdigit()]
+    unknown = [name for name in compute_capabilities if name not in supported]
+    if unknown or not compute_capabilities:
+        raise UnsupportedEngine(
+            f"engine: export.compute_capabilities is {list(compute_capabilities)}; {trt.__name__} {trt.__version__} "
+            f"builds for {', '.join(supported)}"
+        )
+    config.num_compute_capabilities = len(compute_capabilities)
+    for index, name in enumerate(compute_capabilities):
+        config.set_compute_capability(known[name], index)
+    return tuple(compute_capabilities)
+
+
+def _inspected(trt: Any, logger: Any, plan: Any, precision: str) -> str:
+    """Ask the engine inspector for the types the engine really uses; needs a GPU that can load the plan."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "not run: no NVIDIA GPU"
+    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
+    if engine is None:
+        return f"not run: the engine does not load on this GPU ({torch.cuda.get_device_name()})"
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    wrong = ("Half", "BFloat16", "BF16", "FP16", "Int8", "FP8")
+    found = [name for name in wrong if f'"{name}' in text]
+    if found:
+        raise PrecisionMismatch(f"engine: {precision} was asked for, but the engine inspector finds {', '.join(found)}")
+    return f"{precision} confirmed: no {', '.join(wrong)} tensor in the engine"

@@ -1,0 +1,42 @@
+"""The recipe's ``export`` section."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What the exported detector looks like.
+
+    Attributes:
+        canvas: (H, W) of the graph's input in pixels, divisible by the backbone's stride.
+        short_edge_pixels, max_edge_pixels: detectron2's ``ResizeShortestEdge`` rule, so that an image fits the canvas.
+        max_batch_size: largest batch of graph and engine; every size from 1 on is accepted.
+        precision: of the engine (:data:`export.targets.tensorrt_target.PRECISIONS`).
+        compute_capabilities: GPU architectures to build the engine for, "75" is Turing (T4), "80" A100, "86" A10,
+            "89" L4, "120" Blackwell RTX. TensorRT proper builds for the GPU it runs on.
+    """
+
+    canvas: tuple[int, int] = (256, 256)
+    short_edge_pixels: int = 256
+    max_edge_pixels: int = 256
+    max_batch_size: int = 8
+    precision: str = "fp32"
+    compute_capabilities: tuple[str, ...] = ("75", "80", "86", "89", "120")
+
+    def __post_init__(self) -> None:
+        # Overrides arrive as OmegaConf lists and, for ``[75,80]``, as integers.
+        object.__setattr__(self, "canvas", tuple(int(edge) for edge in self.canvas))
+        object.__setattr__(self, "compute_capabilities", tuple(str(c) for c in self.compute_capabilities))
+        if len(self.canvas) != 2 or min(self.canvas) < 1:
+            raise ValueError(
+                f"export.canvas is {self.canvas}, expected two positive numbers, (height, width) in pixels"
+            )
+        if not 1 <= self.short_edge_pixels <= self.max_edge_pixels:
+            raise ValueError(
+                f"export.short_edge_pixels is {self.short_edge_pixels} and export.max_edge_pixels "
+                f"{self.max_edge_pixels}, expected 1 <= short edge <= max edge"
+            )
+        if self.max_batch_size < 1:
+            raise ValueError(f"export.max_batch_size is {self.max_batch_size}, expected at least 1")
