@@ -70,9 +70,10 @@ def declared(keys: Iterable[str]) -> dict[str, Any]:
 
 
 def _version(distributions: tuple[str, ...]) -> str | None:
+    """Distribution and version, because a distribution such as nvidia-pytriton counts by its own numbers."""
     for name in distributions:
         try:
-            return importlib.metadata.version(name)
+            return f"{name} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
             continue
     return None

@@ -13,7 +13,17 @@
 The leaf packages cannot import this module. What a user can meet there is an exception with a class attribute
 ``exit_code``; it is drawn here and stays in the module that raises it (a test compares the two):
 
-    training.dataset.DatasetError             2   the annotation file or the images it names are wrong
+    training.dataset.DatasetError                       2   the annotations or the images they name are wrong
+    training.distillers.lgd.objects.LgdInputError       2   the recipe, labels or pyramid do not fit the distiller
+    training.embedded_sources.EmbeddedSourceMissing     4   a package that the embedded data set needs is missing
+    training.checkpoint.CheckpointDamaged               5   a checkpoint cannot be read
+    export.detector_graph.UnsupportedDetector           2   the detector has no export graph
+    export.targets.tensorrt_target.EngineUnavailable    4   no TensorRT, no GPU, or no engine for this GPU
+    serving.preprocessing.ImageError                    2   an image cannot be read or is gigantic
+    serving.client.RequestRefused                       2   the server does not take this model or input
+    serving.client.ServerUnreachable                    4   no server answers at the address
+    serving.servers.running.ServerError                 4   the server cannot start: a part, a port, a model
+    serving.model_repository.RepositoryDamaged          5   a published version was changed
 
 An exception without an exit code is a bug: it is shown with its traceback and ends the process with 1.
 """

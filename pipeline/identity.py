@@ -57,7 +57,7 @@ def differences(manifest: Manifest, identity: Mapping[str, Any]) -> list[str]:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """The leaves of nested dicts by dotted path."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or (prefix and not value):
         return {prefix: value}
     children = ((f"{prefix}.{key}".lstrip("."), child) for key, child in value.items())
     return {name: leaf for key, child in children for name, leaf in _flat(child, key).items()}

@@ -48,7 +48,12 @@ def located(dotted: Any) -> Any:
     try:
         return locate(dotted) if isinstance(dotted, str) else dotted
     except Exception as error:
-        raise RecipeError(f"recipe: cannot import {dotted!r} ({error})") from error
+        raise RecipeError(f"recipe: cannot import {dotted!r} ({one_line(error)})") from error
+
+
+def one_line(message: object) -> str:
+    """Another library's message as part of ours."""
+    return " ".join(str(message).split())
 
 
 def suggestion(name: str, valid: Iterable[str]) -> str:
@@ -88,7 +93,7 @@ def _apply(config: Any, key: str, text: str) -> None:
     try:
         OmegaConf.update(config, key, value, merge=not isinstance(value, dict), force_add=True)
     except Exception as error:
-        raise RecipeError(f"override {key}={text}: {error}") from error
+        raise RecipeError(f"override {key}={text}: {one_line(error)}") from error
 
 
 def _distiller(name: str) -> Any:
@@ -136,7 +141,7 @@ def _value(key: str, text: str) -> Any:
         value = container["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         if stripped[:1] in ("[", "{", "'", '"'):
-            raise RecipeError(f"override {key}={text}: not a YAML value ({' '.join(str(error).split())})") from error
+            raise RecipeError(f"override {key}={text}: not a YAML value ({one_line(error)})") from error
         return stripped
     if isinstance(value, str) and stripped[:1] not in ("'", '"'):
         return stripped

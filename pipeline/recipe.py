@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RecipeError
-from pipeline.overrides import SECTIONS, apply_overrides, located, suggestion, target_of
+from pipeline.overrides import SECTIONS, apply_overrides, located, one_line, suggestion, target_of
 from pipeline.typed import convert
 
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"
@@ -108,7 +108,7 @@ def _execute(path: Path) -> Any:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = cause.lineno if isinstance(cause, SyntaxError) else frames[-1].lineno if frames else 1
         what = cause.msg if isinstance(cause, SyntaxError) else cause
-        raise RecipeError(f"recipe {path}, line {line}: {type(cause).__name__}: {what}") from error
+        raise RecipeError(f"recipe {path}, line {line}: {type(cause).__name__}: {one_line(what)}") from error
     finally:
         builtins.__import__ = original_import  # LazyConfig leaves its own in place when the file raises
 
@@ -150,7 +150,7 @@ def _build(where: str, cls: type, values: Mapping[str, Any]) -> Any:
     try:
         return cls(**convert(where, cls, given))
     except ValueError as error:
-        raise RecipeError(f"recipe section {where}: {error}") from error
+        raise RecipeError(f"recipe section {where}: {one_line(error)}") from error
 
 
 def _container(path: Path, config: Any, name: str) -> Any:
@@ -161,7 +161,7 @@ def _container(path: Path, config: Any, name: str) -> Any:
     try:
         return OmegaConf.to_container(config[name], resolve=True)
     except OmegaConfBaseException as error:
-        raise RecipeError(f"recipe {path}, section {name}: {error}") from error
+        raise RecipeError(f"recipe {path}, section {name}: {one_line(error)}") from error
 
 
 def _json(value: Any, where: str) -> Any:
