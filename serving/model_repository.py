@@ -1,0 +1,205 @@
+"""Publish model versions into a Triton model repository, and verify them.
+
+``<repository>/<model>/config.pbtxt`` and ``<repository>/<model>/<version>/{model file, signature.json, labels.txt,
+manifest.json}``; the Python backend's ``model.py`` lies in the version too. Everything that belongs to one version is
+in its directory, because Triton reloads every version when a file at model level changes. A version is staged on the
+same file system and renamed into place, so a server never sees half of one, and an existing version is never touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from export.signature import DetectorSignature
+from serving.model_config import MODEL_FILE_OF_BACKEND, Backend, DynamicBatching, InstanceGroup, model_config_for
+
+MANIFEST_FILE = "manifest.json"
+CONFIG_FILE = "config.pbtxt"
+LABELS_FILE = "labels.txt"
+BACKEND_MODEL_FILE = Path(__file__).parent / "backends" / "onnxruntime_backend" / "model.py"
+_STAGING = ".staging"
+_LOCK = ".publish.lock"
+# Where this name is taken by a file, importing model.py writes no .pyc. Files that appear in a version after its first
+# load make Triton take it for changed, and PYTHONDONTWRITEBYTECODE does not reach the backend's isolated Python.
+# Not in the manifest: tools that copy repositories like to leave the name out.
+_NO_BYTE_CODE = "__pycache__"
+
+
+class RepositoryDamaged(RuntimeError):
+    """A file of a published version is missing or is not the one that was published."""
+
+    exit_code = 5
+
+
+def publish(
+    repository: Path,
+    *,
+    model_name: str,
+    model_file: Path,
+    signature: DetectorSignature,
+    backend: Backend,
+    provenance: Mapping[str, object],
+    instance_group: InstanceGroup | None = None,
+    dynamic_batching: DynamicBatching | None = None,
+    num_threads: int = 0,
+    allow_spinning: bool = False,
+) -> int:
+    """Add a version of a model and write the model's ``config.pbtxt``.
+
+    When the newest version holds the same bytes and provenance, nothing is copied and its number is returned; the
+    configuration is rewritten only where it differs.
+
+    Args:
+        repository: created when missing.
+        model_file: ONNX model, or TensorRT engine for the tensorrt backend.
+        provenance: what the model came from, JSON values; also in the configuration's ``parameters``.
+
+    Returns:
+        The version.
+
+    Raises:
+        ValueError: the name cannot be a model's name.
+        RepositoryDamaged: the newest version is not what its manifest says.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", model_name):
+        raise ValueError(f"model name {model_name!r}: only letters, digits, '_' and '-' are allowed; rename it")
+    config = model_config_for(
+        signature,
+        name=model_name,
+        backend=backend,
+        provenance=provenance,
+        instance_group=instance_group or InstanceGroup(),
+        dynamic_batching=dynamic_batching or DynamicBatching(),
+        num_threads=num_threads,
+        allow_spinning=allow_spinning,
+    )
+    model_directory = repository / model_name
+    model_directory.mkdir(parents=True, exist_ok=True)
+    with _only_publisher(repository) as staging:
+        staged = staging / model_name
+        staged.mkdir()
+        shutil.copyfile(model_file, staged / MODEL_FILE_OF_BACKEND[backend])
+        if backend == "python":
+            shutil.copyfile(BACKEND_MODEL_FILE, staged / BACKEND_MODEL_FILE.name)
+        signature.write(staged)
+        (staged / LABELS_FILE).write_text("".join(f"{name}\n" for name in signature.class_names))
+        content = {"model_name": model_name, "backend": backend, "provenance": dict(provenance)}
+        (staged / MANIFEST_FILE).write_text(_manifest_text(content | {"files": _digests(staged)}))
+
+        version = max(versions(repository, model_name), default=0)
+        newest = model_directory / str(version)
+        if version:
+            verify(newest)
+        if not version or (staged / MANIFEST_FILE).read_bytes() != (newest / MANIFEST_FILE).read_bytes():
+            version += 1
+            (staged / _NO_BYTE_CODE).write_text("A file, so that Python cannot write byte code into this version.\n")
+            _sync(staged)
+            os.rename(staged, model_directory / str(version))
+            _sync_directory(model_directory)
+        _write_if_different(model_directory / CONFIG_FILE, config.to_pbtxt(), staging)
+    return version
+
+
+def versions(repository: Path, model_name: str) -> list[int]:
+    """The published versions of a model, ascending."""
+    directory = repository / model_name
+    names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if re.fullmatch(r"[1-9][0-9]*", name))
+
+
+def verify(version_directory: Path) -> None:
+    """Check every file of a version against its manifest.
+
+    Raises:
+        RepositoryDamaged: names the first file that is missing or differs.
+    """
+    path = version_directory / MANIFEST_FILE
+    remedy = f"Remove {version_directory} and publish the model again"
+    try:
+        text = path.read_text()
+        files = json.loads(text)["files"]
+        intact = text == _manifest_text(json.loads(text))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RepositoryDamaged(f"model repository damaged: {path} cannot be read ({error}). {remedy}.") from error
+    if not intact:
+        raise RepositoryDamaged(f"model repository damaged: {path} was changed after publishing. {remedy}.")
+    for name, expected in files.items():
+        found = _sha256(version_directory / name) if (version_directory / name).is_file() else "no such file"
+        if found != expected["sha256"]:
+            raise RepositoryDamaged(
+                f"model repository damaged: {version_directory / name} has SHA-256 {found}, "
+                f"its manifest says {expected['sha256']}. {remedy}."
+            )
+
+
+@contextmanager
+def _only_publisher(repository: Path) -> Iterator[Path]:
+    """An empty staging directory inside the repository, for one publisher at a time.
+
+    It has a leading dot and lies beside the models, not in one: files that come and go at model level would make Triton
+    reload the model. What a killed publisher left is removed.
+    """
+    with (repository / _LOCK).open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        staging = repository / _STAGING
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _manifest_text(content: Mapping[str, object]) -> str:
+    """Canonical JSON, closed by a digest of the rest, so that a change inside the manifest shows as well."""
+    body = {key: value for key, value in content.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps(body | {"digest": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _digests(directory: Path) -> dict[str, dict[str, object]]:
+    return {
+        path.name: {"sha256": _sha256(path), "size_bytes": path.stat().st_size} for path in sorted(directory.iterdir())
+    }
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_if_different(path: Path, text: str, staging: Path) -> None:
+    if path.is_file() and path.read_text() == text:
+        return
+    staged = staging / path.name
+    staged.write_text(text)
+    _sync_file(staged)
+    os.replace(staged, path)
+    _sync_directory(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    for path in directory.iterdir():
+        _sync_file(path)
+    _sync_directory(directory)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
