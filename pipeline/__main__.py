@@ -1,0 +1,162 @@
+"""The command line: ``python -m pipeline COMMAND``; errors become one paragraph and an exit code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.errors import exit_code_of, message_of
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="From labelled images to a measured detector behind a Triton endpoint.",
+)
+console = Console(soft_wrap=True, highlight=False)
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Folder of this run inside it; default: the recipe's name.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or file.")]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Overrides, section.key=value.")]
+StageOption = Annotated[str | None, typer.Option(help="A stage's name.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument = "embedded",
+    overrides: OverridesArgument = None,
+    from_stage: Annotated[str | None, typer.Option("--from", help="Start at this stage.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild although nothing changed.")] = False,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+) -> None:
+    """Bring a recipe's run up to date: only stages whose inputs changed are rebuilt."""
+    from pipeline import recipe as recipes
+    from pipeline.run import run_stages
+    from pipeline.stages import STAGES, after_run
+
+    loaded = recipes.load(recipe, overrides or [])
+    run_dir = runs / (name or loaded.name)
+    summary = run_stages(STAGES, loaded, run_dir, from_stage=from_stage, until=until, force=force, console=console)
+    for line in after_run(run_dir, summary):
+        console.print(line)
+
+
+@app.command()
+def status(
+    recipe: Annotated[str | None, typer.Argument(help="Compare with this recipe; default: only what is on disk.")] = None,
+    overrides: OverridesArgument = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+) -> None:
+    """Show how the stages of each run stand."""
+    from pipeline import recipe as recipes
+    from pipeline.stages import STAGES
+    from pipeline.status import status as status_of
+
+    loaded = recipes.load(recipe, overrides or []) if recipe else None
+    wanted = name or (loaded.name if loaded else None)
+    folders = [runs / wanted] if wanted else sorted(path for path in runs.glob("*") if path.is_dir())
+    if not folders:
+        console.print(f"no runs in {runs}; `python -m pipeline run embedded` makes one")
+    for folder in folders:
+        table = Table("stage", "state", "seconds", "MB", "why", title=str(folder), title_justify="left")
+        for stage in status_of(folder, STAGES, loaded):
+            seconds = f"{stage.manifest.seconds:.1f}" if stage.manifest else ""
+            table.add_row(stage.stage, stage.state, seconds, f"{stage.size_bytes / 1e6:.1f}", stage.reason)
+        console.print(table)
+
+
+@app.command()
+def report(
+    recipe: RecipeArgument = "embedded",
+    overrides: OverridesArgument = None,
+    runs: RunsOption = Path("runs"),
+    name: NameOption = None,
+) -> None:
+    """Write the report of a run anew from the artifacts that are there."""
+    from pipeline import recipe as recipes
+    from pipeline.errors import GateFailed
+    from pipeline.run import run_stages
+    from pipeline.stages import STAGES, report_paths
+
+    loaded = recipes.load(recipe, overrides or [])
+    run_dir = runs / (name or loaded.name)
+    try:
+        run_stages(STAGES, loaded, run_dir, from_stage="report", force=True, console=console)
+    except GateFailed as failure:
+        console.print(message_of(failure))  # the report says so too; writing it succeeded
+    for path in report_paths(run_dir):
+        console.print(str(path))
+
+
+@app.command()
+def serve(
+    runs: RunsOption = Path("runs"),
+    name: Annotated[str, typer.Option("--name", help="The run whose model is served.")] = "embedded",
+    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
+    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8001,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8002,
+) -> None:
+    """Serve a run's deployed model in the foreground until Ctrl-C."""
+    from pipeline.serving_stages import serve_in_foreground
+
+    serve_in_foreground(runs / name, http_port, grpc_port, metrics_port, console)
+
+
+@app.command()
+def detect(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    url: Annotated[str, typer.Option(help="host:port of the gRPC endpoint.")] = "localhost:8001",
+    model: Annotated[str | None, typer.Option(help="Model name; default: the only one served.")] = None,
+    min_score: Annotated[float, typer.Option(min=0.0, max=1.0, help="Leave out detections below.")] = 0.3,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON line an image.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Write a picture with the boxes drawn.")] = None,
+) -> None:
+    """Send images to a server and show what it detects."""
+    from pipeline.detect import detect_and_show
+
+    detect_and_show(images, url=url, model=model, min_score=min_score, as_json=as_json, draw=draw, console=console)
+
+
+def main() -> None:
+    """Run the command; map errors to messages and exit codes (``pipeline.errors`` draws them)."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    for name in ("detectron2", "fvcore", "iopath"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Deprecations inside the pinned libraries; nothing a user can act on.
+    warnings.filterwarnings("ignore")
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command goes on from here", 130)
+    except Exception as error:
+        code = exit_code_of(error)
+        if code is None:
+            traceback.print_exc()
+            _end("", 1)
+        else:
+            _end(message_of(error), code)
+
+
+def _end(message: str, code: int) -> None:
+    if message:
+        print(message, file=sys.stderr)  # noqa: T201
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

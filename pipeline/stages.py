@@ -1,0 +1,106 @@
+"""The stages, in order: each reads artifacts, calls one package and writes an artifact.
+
+The functions are imported when a stage runs, so that asking for a run's status does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+
+from pipeline.recipe import Recipe
+from pipeline.stage import Stage, StageContext, StageResult
+
+BUILD_ENVIRONMENT = ("torch", "detectron2", "onnx", "onnxruntime")
+
+
+def _from(module: str, function: str) -> Callable[[StageContext], StageResult]:
+    def run(context: StageContext) -> StageResult:
+        return getattr(importlib.import_module(f"pipeline.{module}"), function)(context)
+
+    return run
+
+
+def _dataset_digests(recipe: Recipe) -> Mapping[str, str]:
+    """Digests of the user's own data set; the embedded one follows from the recipe."""
+    if recipe.sections["dataset"].train is None:
+        return {}
+    from pipeline.training_stages import own_datasets
+    from training.dataset import dataset_digest
+
+    config = recipe.sections["dataset"]
+    return {
+        split: dataset_digest(dataset, include_pixels=config.digest_pixels)
+        for split, dataset in own_datasets(config).items()
+    }
+
+
+STAGES = (
+    Stage(
+        name="data",
+        version=1,
+        inputs=(),
+        config_sections=("dataset",),
+        external_inputs=_dataset_digests,
+        run=_from("training_stages", "data"),
+    ),
+    Stage(
+        name="train",
+        version=1,
+        inputs=("data",),
+        config_sections=("model", "training", "distiller"),
+        run=_from("training_stages", "train"),
+        resumable=True,
+    ),
+    Stage(
+        name="strip",
+        version=1,
+        inputs=("data", "train"),
+        config_sections=("model", "distiller", "export"),
+        run=_from("training_stages", "strip"),
+    ),
+    Stage(
+        name="export",
+        version=1,
+        inputs=("data", "strip"),
+        config_sections=("model", "export"),
+        run=_from("export_stages", "export"),
+    ),
+    Stage(
+        name="engine",
+        version=1,
+        inputs=("export",),
+        config_sections=("export",),
+        environment_keys=("tensorrt", "tensorrt_rtx", "gpus"),
+        run=_from("export_stages", "engine"),
+    ),
+    Stage(
+        name="validate",
+        version=1,
+        inputs=("data", "strip", "export", "engine"),
+        config_sections=("model", "export", "parity"),
+        run=_from("export_stages", "validate"),
+    ),
+    Stage(
+        name="deploy",
+        version=1,
+        inputs=("data", "export", "engine", "validate"),
+        config_sections=("parity", "serving"),
+        run=_from("serving_stages", "deploy"),
+    ),
+    Stage(
+        name="benchmark",
+        version=1,
+        inputs=("data", "export", "deploy"),
+        config_sections=("serving", "benchmark"),
+        run=_from("serving_stages", "benchmark"),
+    ),
+    Stage(
+        name="report",
+        version=1,
+        inputs=("data", "train", "strip", "export", "engine", "validate", "deploy", "benchmark"),
+        config_sections=(),
+        run=_from("report_stage", "report"),
+        always=True,
+    ),
+)

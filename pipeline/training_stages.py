@@ -1,0 +1,153 @@
+"""The stages that end at a student checkpoint: data, train, strip."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pipeline.artifact import Artifact
+from pipeline.stage import Gate, StageContext, StageResult
+from training.checkpoint import FINAL_CHECKPOINT
+from training.dataset import CocoDataset, DatasetConfig, check_readable, check_same_classes, dataset_digest, read_coco
+from training.embedded_dataset import generate
+from training.evaluate import inference_loader
+from training.strip import strip as strip_checkpoint
+from training.student import build_student
+from training.train import METRICS_FILE, distilled_detector
+from training.train import train as train_student
+
+STUDENT_CHECKPOINT = "student.pth"
+REMOVED_TENSORS_FILE = "removed_tensors.json"
+NUM_PROBE_IMAGES = 8
+
+
+def data(context: StageContext) -> StageResult:
+    """Generate the embedded data set, or check the user's."""
+    config: DatasetConfig = context.recipe.sections["dataset"]
+    if config.train is None:
+        context.console.print(f"data: composing {config.num_train + config.num_validation} images")
+        train_file, validation_file = generate(
+            context.directory, num_train=config.num_train, num_validation=config.num_validation, seed=config.seed
+        )
+        datasets = {"train": read_coco(train_file), "validation": read_coco(validation_file)}
+    else:
+        datasets = own_datasets(config)
+    check_same_classes(datasets["train"], datasets["validation"])
+    facts: dict[str, Any] = {
+        "embedded": config.train is None,
+        "class_names": datasets["train"].class_names,
+        "category_ids": datasets["train"].category_ids,
+    }
+    num_checked = 0
+    for split, dataset in datasets.items():
+        num_checked += check_readable(dataset)
+        described = dataclasses.asdict(dataset)
+        del described["class_names"], described["category_ids"]
+        for key in ("annotation_file", "image_dir"):
+            path = described[key]
+            described[key] = str(path.relative_to(context.directory.absolute()) if facts["embedded"] else path)
+        facts[split] = {
+            **described,
+            "digest": dataset_digest(dataset, include_pixels=config.digest_pixels),
+        }
+    gate = Gate(
+        name="annotations and images are valid",
+        value=num_checked,
+        limit=None,
+        passed=True,
+        reason="every annotation was checked; value: number of images decoded",
+    )
+    return StageResult(facts=facts, gates=[gate])
+
+
+def own_datasets(config: DatasetConfig) -> dict[str, CocoDataset]:
+    """The user's data set, as the recipe names it."""
+    assert config.train is not None and config.validation is not None  # DatasetConfig has both or neither
+    return {
+        "train": read_coco(Path(config.train), _path(config.train_images)),
+        "validation": read_coco(Path(config.validation), _path(config.validation_images)),
+    }
+
+
+def _path(value: str | None) -> Path | None:
+    return None if value is None else Path(value)
+
+
+def dataset_of(artifact: Artifact, split: str) -> CocoDataset:
+    """The ``"train"`` or ``"validation"`` set of a data artifact."""
+    described = artifact.manifest.facts[split]
+    return read_coco(artifact.directory / described["annotation_file"], artifact.directory / described["image_dir"])
+
+
+def train(context: StageContext) -> StageResult:
+    """Train the student with its distiller; goes on from a checkpoint in the directory."""
+    recipe, data_artifact = context.recipe, context.inputs["data"]
+    config = recipe.sections["training"]
+    student = build_student(recipe.model, len(data_artifact.manifest.facts["class_names"]), pretrained=True)
+    result = train_student(
+        student,
+        recipe.sections["distiller"],
+        config,
+        train_set=dataset_of(data_artifact, "train"),
+        validation_set=dataset_of(data_artifact, "validation"),
+        output_directory=context.directory,
+    )
+    for intermediate in context.directory.glob("model_[0-9]*.pth"):
+        intermediate.unlink()
+    lines = (context.directory / METRICS_FILE).read_text().splitlines()
+    loss = next((m["total_loss"] for m in map(json.loads, reversed(lines)) if "total_loss" in m), math.nan)
+    gate = Gate(name="losses are finite", value=loss, limit=None, passed=math.isfinite(loss), reason="last total loss")
+    distiller_name = recipe.section_json("distiller")["_target_"].rsplit(".", 1)[-1].removesuffix("Config").lower()
+    return StageResult(facts={**dataclasses.asdict(result), "distiller": distiller_name}, gates=[gate])
+
+
+def student_of(context: StageContext) -> nn.Module:
+    """A stock detector of the recipe, with random weights, for the data set's classes."""
+    return build_student(context.recipe.model, len(context.inputs["data"].manifest.facts["class_names"]))
+
+
+def strip(context: StageContext) -> StageResult:
+    """Write the student checkpoint and prove that it is the student and nothing else."""
+    student = student_of(context)
+    export_config = context.recipe.sections["export"]
+    loader = inference_loader(
+        student,
+        dataset_of(context.inputs["data"], "validation"),
+        export_config.short_edge_pixels,
+        export_config.max_edge_pixels,
+    )
+    proof = strip_checkpoint(
+        context.inputs["train"].path(FINAL_CHECKPOINT),
+        context.directory / STUDENT_CHECKPOINT,
+        student=student,
+        distiller=distilled_detector(student, context.recipe.sections["distiller"]).distiller,
+        probe_inputs=[batch[0] for batch in itertools.islice(loader, NUM_PROBE_IMAGES)],
+    )
+    (context.directory / REMOVED_TENSORS_FILE).write_text(json.dumps(proof.removed_tensor_digests, indent=1))
+    facts = dataclasses.asdict(proof)
+    del facts["removed_tensor_digests"]
+    gates = [
+        Gate(
+            name="student tensors identical", value=proof.tensors_identical, limit=True, passed=proof.tensors_identical
+        ),
+        Gate(name="keys are the stock detector's", value=proof.keys_are_stock, limit=True, passed=proof.keys_are_stock),
+        Gate(
+            name="teacher tensors in the student checkpoint",
+            value=proof.num_teacher_tensors_in_student,
+            limit=0,
+            passed=proof.num_teacher_tensors_in_student == 0,
+        ),
+        Gate(
+            name="output difference of stripped and unstripped",
+            value=proof.max_abs_difference,
+            limit=0.0,
+            passed=proof.max_abs_difference == 0.0,
+        ),
+    ]
+    return StageResult(facts=facts, gates=gates)

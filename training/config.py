@@ -1,0 +1,74 @@
+"""The recipe's ``training`` section."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a student is trained.
+
+    Attributes:
+        max_iter: number of iterations.
+        images_per_batch: over all processes.
+        optimizer: ``"sgd"`` with momentum 0.9, or ``"adamw"``.
+        learning_rate: peak value; the same for student and distiller.
+        weight_decay: on every parameter, norms and biases included, as the LGD reference does.
+        lr_schedule: ``"cosine"`` to zero, or ``"multistep"`` by 0.1 at ``lr_decay_iters``.
+        warmup_iters: linear warm-up from a thousandth of the learning rate.
+        clip_gradient_value: every gradient element is clipped to this magnitude; None: no clipping.
+        short_edge_pixels: each image's shortest edge is resized to one of these, at random.
+        max_edge_pixels: upper limit of the longest edge.
+        crop_size: (height, width) in pixels of a random crop, applied after resizing; None: no crop.
+        skip_empty_images: leave out images that have no object.
+        num_workers: loader processes beside each training process; 0: load in the training process.
+        checkpoint_period_iters: a checkpoint is written this often.
+        log_period_iters: a progress line is written this often.
+        evaluate_at: fractions of training at which AP on the validation set is measured.
+        device: ``"auto"`` takes the GPU where there is one.
+        precision: of the forward pass; anything but ``"fp32"`` needs a GPU.
+        seed: of initialisation, order and augmentation.
+        init_checkpoint: a student checkpoint or detectron2 model-zoo file to start from.
+    """
+
+    max_iter: int
+    images_per_batch: int
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float
+    weight_decay: float = 1e-4
+    lr_schedule: Literal["cosine", "multistep"] = "multistep"
+    lr_decay_iters: tuple[int, ...] = ()
+    warmup_iters: int = 1000
+    clip_gradient_value: float | None = 1.0
+    short_edge_pixels: tuple[int, ...]
+    max_edge_pixels: int
+    crop_size: tuple[int, int] | None = None
+    skip_empty_images: bool = True
+    num_workers: int = 2
+    checkpoint_period_iters: int = 1000
+    log_period_iters: int = 20
+    evaluate_at: tuple[float, ...] = (0.0, 0.25, 1.0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    seed: int = 0
+    init_checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("lr_decay_iters", "short_edge_pixels", "evaluate_at"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.crop_size is not None:
+            object.__setattr__(self, "crop_size", tuple(self.crop_size))
+        for field in ("max_iter", "images_per_batch", "checkpoint_period_iters", "log_period_iters"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"training.{field} is {getattr(self, field)}, expected at least 1")
+        if self.learning_rate <= 0:
+            raise ValueError(f"training.learning_rate is {self.learning_rate}, expected more than 0")
+        if any(not 0 <= fraction <= 1 for fraction in self.evaluate_at):
+            raise ValueError(f"training.evaluate_at is {self.evaluate_at}, expected fractions from 0 to 1")
+        if not self.short_edge_pixels or max(self.short_edge_pixels) > self.max_edge_pixels:
+            raise ValueError(
+                f"training.short_edge_pixels is {self.short_edge_pixels}, expected one or more sizes, none above "
+                f"training.max_edge_pixels = {self.max_edge_pixels}"
+            )

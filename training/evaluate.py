@@ -1,0 +1,78 @@
+"""AP of a detectron2 model, evaluated the ordinary way: detectron2's loader, preprocessing and evaluator."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import transforms as T
+from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from torch import nn
+from torch.utils.data import DataLoader
+
+from training.dataset import CocoDataset, detectron2_dicts, register_with_detectron2
+
+RESULTS_FILE = "coco_instances_results.json"
+
+
+def evaluate_detector(
+    detector: nn.Module,
+    dataset: CocoDataset,
+    *,
+    short_edge_pixels: int,
+    max_edge_pixels: int,
+    output_directory: Path,
+) -> dict[str, float]:
+    """COCO box AP in percent (``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``) of ``detector`` on ``dataset``.
+
+    The detections are left in ``output_directory`` in COCO's results format, boxes XYWH in original image pixels.
+    A model without any detection has AP 0.
+    """
+    name = f"evaluated-{dataset.annotation_file.stem}"
+    register_with_detectron2(name, dataset)
+    loader = inference_loader(detector, dataset, short_edge_pixels, max_edge_pixels)
+    was_training = detector.training
+    # pycocotools and the evaluator print tables; the caller reports.
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluator = COCOEvaluator(
+            name, tasks=("bbox",), distributed=False, output_dir=str(output_directory), use_fast_impl=False
+        )
+        results = inference_on_dataset(detector.eval(), loader, evaluator)
+    detector.train(was_training)
+    MetadataCatalog.remove(name)
+    box = results["bbox"]
+    return {key: _or_zero(box[key]) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+
+
+def inference_loader(
+    detector: nn.Module, dataset: CocoDataset, short_edge_pixels: int, max_edge_pixels: int
+) -> DataLoader:
+    """detectron2's test loader: one image a batch, in the order of the annotation file."""
+    mapper = DatasetMapper(
+        is_train=False,
+        augmentations=[T.ResizeShortestEdge(short_edge_pixels, max_edge_pixels)],
+        image_format=detector.input_format,
+    )
+    return build_detection_test_loader(dataset=detectron2_dicts(dataset), mapper=mapper, num_workers=0)
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else float(value)
+
+
+def read_results(directory: Path) -> list[dict[str, Any]]:
+    """The COCO result records that :func:`evaluate_detector` left in ``directory``."""
+    return json.loads((directory / RESULTS_FILE).read_text())
+
+
+def resolve_device(device: str) -> torch.device:
+    """``"auto"`` to the GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
