@@ -18,6 +18,8 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.embedded_sources.EmbeddedSourceMissing     4   a package that the embedded data set needs is missing
     training.checkpoint.CheckpointDamaged               5   a checkpoint cannot be read
     export.detector_graph.UnsupportedDetector           2   the detector has no export graph
+    export.targets.tensorrt_target.UnsupportedEngine    2   the recipe asks for an engine that cannot be built
+    export.targets.tensorrt_target.PrecisionMismatch    3   the engine's layers do not have the precision asked for
     export.targets.tensorrt_target.EngineUnavailable    4   no TensorRT, no GPU, or no engine for this GPU
     serving.preprocessing.ImageError                    2   an image cannot be read or is gigantic
     serving.client.RequestRefused                       2   the server does not take this model or input

@@ -1,7 +1,7 @@
 """One run at a time in a run folder.
 
-The lock is ``flock`` on ``.lock``, so the kernel releases it however the process ends. Who holds it stands in a file
-beside it, because ``flock`` does not tell.
+The lock is ``flock`` on ``.lock``, so the kernel releases it however the process ends; filelock closes it in forked
+workers, so those of a killed run do not hold it. Who holds it stands in a file beside it: ``flock`` does not tell.
 """
 
 from __future__ import annotations
@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import psutil
 
 from pipeline.errors import RunLocked
 
 LOCK_FILE = ".lock"
 HOLDER_FILE = ".lock-holder.json"
-# A killed run's data loader workers inherit the lock and notice only after 5 s that they are alone.
-ORPHANS_SECONDS = 10.0
 
 
 @contextlib.contextmanager
@@ -38,9 +35,8 @@ def locked(run_dir: Path, command: str) -> Iterator[None]:
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(run_dir / LOCK_FILE)
-    timeout = ORPHANS_SECONDS if _is_dead(holder(run_dir)) else 0.0
     try:
-        lock.acquire(timeout=timeout)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         who = holder(run_dir)
         told = (
@@ -74,7 +70,3 @@ def _write_holder(run_dir: Path, command: str) -> None:
         "command": command,
     }
     (run_dir / HOLDER_FILE).write_text(json.dumps(who))
-
-
-def _is_dead(who: dict[str, Any] | None) -> bool:
-    return who is not None and who["host"] == socket.gethostname() and not psutil.pid_exists(who["pid"])

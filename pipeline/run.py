@@ -111,15 +111,16 @@ class _Walk:
     def walk(self, earlier: Sequence[Stage], selected: Sequence[Stage]) -> RunSummary:
         failure: Exception | None = None
         for stage in earlier:
-            if (self.run_dir / stage.name).exists():
-                failure = (
-                    self._finish(stage, "taken as it is", open_artifact(self.run_dir / stage.name), 0.0) or failure
-                )
+            directory = self.run_dir / stage.name
+            if directory.exists():
+                found = self._finish(stage, "taken as it is", open_artifact(directory), 0.0)
+                failure = failure or found
         for stage in selected:
             if failure is not None and not (stage.always and self.artifacts):
                 continue
             try:
-                failure = self._visit(stage) or failure
+                found = self._visit(stage)
+                failure = failure or found
             except Exception as error:
                 if failure is not None:  # the first failure is the one to raise
                     self._say(f"{stage.name}: {message_of(error)}")
