@@ -1,8 +1,8 @@
 """Every error a user can meet, and the exit code that goes with it.
 
-    KeyboardInterrupt                       130   Ctrl-C; the same command goes on
-    └─ Terminated                           143   SIGTERM
     PipelineError                             1
+    ├─ Interrupted                          130   Ctrl-C; the same command goes on
+    │  └─ Terminated                        143   SIGTERM
     ├─ RecipeError                            2   the recipe or an override is wrong
     ├─ GateFailed                             3   a number is outside its limit
     ├─ Unavailable                            4   this machine lacks something the run needs
@@ -106,8 +106,14 @@ class ArtifactError(PipelineError):
     exit_code = 5
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived; handled like Ctrl-C, because it must pass through ``except Exception`` the same way."""
+class Interrupted(PipelineError):
+    """Ctrl-C ended a run. Stages see ``KeyboardInterrupt``, which typer would turn into a return value."""
+
+    exit_code = 130
+
+
+class Terminated(Interrupted):
+    """SIGTERM ended a run."""
 
     exit_code = 143
 
@@ -119,14 +125,13 @@ def exit_code_of(exception: BaseException) -> int | None:
     code = getattr(type(exception), "exit_code", None)
     if isinstance(code, int):
         return code
-    return 130 if isinstance(exception, KeyboardInterrupt) else None
+    return Interrupted.exit_code if isinstance(exception, KeyboardInterrupt) else None
 
 
 def message_of(exception: BaseException) -> str:
     """One paragraph about an exception: what is wrong, where, and what to do."""
     if isinstance(exception, KeyboardInterrupt):
-        how = "terminated" if isinstance(exception, Terminated) else "interrupted"
-        return f"{how}; the same command goes on from the last finished stage or checkpoint"
+        return "interrupted; nothing was left half-written"
     cause = _no_space_cause(exception)
     if cause is not None:
         return no_space_message(cause)

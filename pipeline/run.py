@@ -25,6 +25,7 @@ from pipeline.artifact import Artifact, Manifest, files_in, fingerprint, open_ar
 from pipeline.errors import (
     ArtifactError,
     GateFailed,
+    Interrupted,
     NoSpaceLeft,
     RecipeError,
     Terminated,
@@ -83,6 +84,7 @@ def run_stages(
         GateFailed: a stage's number is outside its limit. The artifact is published, later stages did not run.
         ArtifactError: an artifact is damaged, or one that ``from_stage`` relies on is missing.
         RunLocked: another process works in this folder.
+        Interrupted: Ctrl-C or SIGTERM; what can resume is kept.
         NoSpaceLeft: a write failed.
         RecipeError: a name is not a stage.
     """
@@ -91,10 +93,20 @@ def run_stages(
     forced = (names if force else set()) if isinstance(force, bool) else set(force)
     for name in forced:
         _index(stages, name)
-    with _sigterm_raises(), locked(run_dir, recipe.command):
-        for stage in stages:
-            publish.recover(run_dir / stage.name)
-        return _Walk(recipe, run_dir, forced, console).walk(earlier, selected)
+    try:
+        with _sigterm_raises(), locked(run_dir, recipe.command):
+            for stage in stages:
+                publish.recover(run_dir / stage.name)
+            return _Walk(recipe, run_dir, forced, console).walk(earlier, selected)
+    except KeyboardInterrupt as interrupt:
+        error = Terminated if isinstance(interrupt, _Sigterm) else Interrupted
+        raise error(
+            f"{run_dir}: stopped; the same command goes on from the last finished stage or checkpoint"
+        ) from None
+
+
+class _Sigterm(KeyboardInterrupt):
+    """SIGTERM arrived; like Ctrl-C it has to pass through every ``except Exception`` of the stages."""
 
 
 class _Walk:
@@ -261,7 +273,7 @@ def _sigterm_raises() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
-        raise Terminated
+        raise _Sigterm
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:

@@ -15,6 +15,7 @@ from pipeline import errors
 from pipeline.errors import (
     ArtifactError,
     GateFailed,
+    Interrupted,
     NoSpaceLeft,
     PipelineError,
     RecipeError,
@@ -68,7 +69,8 @@ def test_the_error_file_names_every_error_of_the_leaf_packages_with_its_exit_cod
         (ArtifactError("x"), 5),
         (PipelineError("x"), 1),
         (KeyboardInterrupt(), 130),
-        (Terminated(), 143),
+        (Interrupted("x"), 130),
+        (Terminated("x"), 143),
         (ValueError("x"), None),
         (OSError(errno.EACCES, "x"), None),
         (OSError(errno.ENOSPC, "x"), 4),

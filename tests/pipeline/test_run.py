@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.errors import ArtifactError, GateFailed, RecipeError, RunLocked
+from pipeline.errors import ArtifactError, GateFailed, Interrupted, RecipeError, RunLocked
 from pipeline.recipe import Recipe
 from pipeline.run import RunSummary, run_stages
 from pipeline.stage import Gate, Stage, StageContext, StageResult
@@ -252,7 +252,7 @@ def test_facts_may_not_name_the_partial_directory(toy: Toy) -> None:
 
 def test_a_resumable_stage_keeps_its_partial_directory_for_the_same_fingerprint(toy: Toy) -> None:
     toy.raises["train"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="the same command goes on"):
         toy.run()
     assert toy.states()[1] == "partial"
     (left,) = toy.run_dir.glob("train.partial-*")
@@ -265,7 +265,7 @@ def test_a_resumable_stage_keeps_its_partial_directory_for_the_same_fingerprint(
 
 def test_a_partial_directory_of_another_fingerprint_is_deleted(toy: Toy) -> None:
     toy.raises["train"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="the same command goes on"):
         toy.run()
     (left,) = toy.run_dir.glob("train.partial-*")
     toy.raises.clear()
@@ -276,7 +276,7 @@ def test_a_partial_directory_of_another_fingerprint_is_deleted(toy: Toy) -> None
 
 def test_an_interrupted_stage_that_cannot_resume_leaves_nothing(toy: Toy) -> None:
     toy.raises["check"] = KeyboardInterrupt()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="the same command goes on"):
         toy.run()
     assert not list(toy.run_dir.glob("check*"))
     assert read_failure(toy.run_dir) is None
@@ -310,6 +310,7 @@ SCRIPT = """
     import sys, time
     from pathlib import Path
     from rich.console import Console
+    from pipeline.errors import exit_code_of, message_of
     from pipeline.recipe import Recipe
     from pipeline.run import run_stages
     from pipeline.stage import Stage, StageResult
@@ -330,7 +331,11 @@ SCRIPT = """
         return Stage(name=name, version=1, inputs=inputs, config_sections=(), resumable=resumable, run=run)
 
     stages = [stage("data", ()), stage("train", ("data",), True), stage("strip", ("train",))]
-    run_stages(stages, Recipe(name="toy", path=Path("toy.py")), Path(sys.argv[1]), console=Console(stderr=True))
+    try:
+        run_stages(stages, Recipe(name="toy", path=Path("toy.py")), Path(sys.argv[1]), console=Console(stderr=True))
+    except Exception as error:
+        print(message_of(error), file=sys.stderr)
+        sys.exit(exit_code_of(error))
 """
 
 
@@ -375,12 +380,16 @@ def test_two_runs_at_once_are_refused_and_a_kill_releases_the_lock(toy: Toy) -> 
     assert toy.run(force=True).num_built == 4
 
 
-def test_sigterm_ends_the_run_like_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_a_message_and_keeps_what_can_resume(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     process = _start(tmp_path, "train")
     _wait_for_steps(process, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert "pipeline.errors.Terminated" in errors
+    assert process.returncode == code
+    assert "the same command goes on" in errors
     assert not (tmp_path / ".lock-holder.json").exists()
     assert len(list(tmp_path.glob("train.partial-*"))) == 1
 
