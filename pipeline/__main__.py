@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.errors import exit_code_of, message_of
+from pipeline.errors import RecipeError, exit_code_of, message_of
 
 app = typer.Typer(
     add_completion=False,
@@ -24,8 +25,11 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True, highlight=False)
 
+RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="Folder of this run inside it; default: the recipe's name.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Folder of this run inside it; default: the recipe's name.")
+]
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or file.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Overrides, section.key=value.")]
 StageOption = Annotated[str | None, typer.Option(help="A stage's name.")]
@@ -38,7 +42,7 @@ def run(
     from_stage: Annotated[str | None, typer.Option("--from", help="Start at this stage.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild although nothing changed.")] = False,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = RUNS,
     name: NameOption = None,
 ) -> None:
     """Bring a recipe's run up to date: only stages whose inputs changed are rebuilt."""
@@ -46,7 +50,8 @@ def run(
     from pipeline.run import run_stages
     from pipeline.stages import STAGES, after_run
 
-    loaded = recipes.load(recipe, overrides or [])
+    options = (*(("--runs", str(runs)) if runs != RUNS else ()), *(("--name", name) if name else ()))
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options)
     run_dir = runs / (name or loaded.name)
     summary = run_stages(STAGES, loaded, run_dir, from_stage=from_stage, until=until, force=force, console=console)
     for line in after_run(run_dir, summary):
@@ -55,9 +60,11 @@ def run(
 
 @app.command()
 def status(
-    recipe: Annotated[str | None, typer.Argument(help="Compare with this recipe; default: only what is on disk.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="Compare with this recipe; default: only what is on disk.")
+    ] = None,
     overrides: OverridesArgument = None,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = RUNS,
     name: NameOption = None,
 ) -> None:
     """Show how the stages of each run stand."""
@@ -82,7 +89,7 @@ def status(
 def report(
     recipe: RecipeArgument = "embedded",
     overrides: OverridesArgument = None,
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = RUNS,
     name: NameOption = None,
 ) -> None:
     """Write the report of a run anew from the artifacts that are there."""
@@ -103,7 +110,7 @@ def report(
 
 @app.command()
 def serve(
-    runs: RunsOption = Path("runs"),
+    runs: RunsOption = RUNS,
     name: Annotated[str, typer.Option("--name", help="The run whose model is served.")] = "embedded",
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.")] = 8001,
@@ -111,8 +118,9 @@ def serve(
 ) -> None:
     """Serve a run's deployed model in the foreground until Ctrl-C."""
     from pipeline.serving_stages import serve_in_foreground
+    from serving.servers import Ports
 
-    serve_in_foreground(runs / name, http_port, grpc_port, metrics_port, console)
+    serve_in_foreground(runs / name, Ports(grpc=grpc_port, http=http_port, metrics=metrics_port), console)
 
 
 @app.command()
@@ -138,24 +146,19 @@ def main() -> None:
     # Deprecations inside the pinned libraries; nothing a user can act on.
     warnings.filterwarnings("ignore")
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        _end("interrupted; the same command goes on from here", 130)
-    except Exception as error:
+        sys.exit(app(standalone_mode=False))
+    except typer.Exit as ending:
+        sys.exit(ending.exit_code)
+    except (Exception, KeyboardInterrupt) as error:
         code = exit_code_of(error)
+        if code is None and isinstance(error, click.ClickException):  # a misspelt option
+            error.show()
+            sys.exit(RecipeError.exit_code)
         if code is None:
             traceback.print_exc()
-            _end("", 1)
-        else:
-            _end(message_of(error), code)
-
-
-def _end(message: str, code: int) -> None:
-    if message:
-        print(message, file=sys.stderr)  # noqa: T201
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+            sys.exit(1)
+        print(message_of(error), file=sys.stderr)  # noqa: T201
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from export.runners import Runner
 from export.signature import Detections, DetectorSignature
 from pipeline.artifact import digest
 from pipeline.stage import Gate, StageContext
+from pipeline.training_stages import STUDENT_CHECKPOINT
 from serving.preprocessing import Placement, canvas_from_image, detections_in_image, read_image
 from training.dataset import CocoDataset, detectron2_dicts
 from training.evaluate import evaluate_detector, read_results
 
 REFERENCE = "detectron2"
-ON_CANVAS = ON_CANVAS
+ON_CANVAS = "torch, fixed canvas"
 
 
 def canvases_of(
@@ -42,11 +43,19 @@ class AccuracyTable:
         canvases: image id, canvas and placement of every validation image.
     """
 
-    def __init__(self, dataset: CocoDataset, signature: DetectorSignature, context: StageContext) -> None:
+    def __init__(
+        self,
+        dataset: CocoDataset,
+        signature: DetectorSignature,
+        context: StageContext,
+        reference_ap: float | None = None,
+    ) -> None:
+        """``reference_ap`` is what the rows' ``delta`` refers to; None: the AP of the first row."""
         self.rows: list[dict[str, Any]] = []
         self.gates: list[Gate] = []
         self.canvases = list(canvases_of(dataset, signature))
         self._dataset, self._signature, self._context = dataset, signature, context
+        self._reference_ap = reference_ap
         self._per_class: dict[str, dict[int, float]] = {}
 
     def add_reference(self, student: nn.Module) -> None:
@@ -118,7 +127,8 @@ class AccuracyTable:
         (self._context.directory / f"detections_{file_name(name)}.json").write_text(
             json.dumps(coco_results(found, ids))
         )
-        reference = self.rows[0]["AP"] if self.rows else scores["AP"]
+        if self._reference_ap is None:
+            self._reference_ap = scores["AP"]
         self.rows.append(
             {
                 "name": name,
@@ -127,7 +137,7 @@ class AccuracyTable:
                 "digest": digest(model),
                 "size_bytes": model.stat().st_size,
                 **scores,
-                "delta": scores["AP"] - reference,
+                "delta": scores["AP"] - self._reference_ap,
                 "delta_to_torch": None if compared_with is None else scores["AP"] - compared_with,
                 "command": self._context.command,
             }

@@ -28,6 +28,7 @@ class Recipe:
     Attributes:
         name: names the run's folder.
         overrides: as given on the command line.
+        options: of the command line, such as the run's folder; they do not change what is computed.
         model: detectron2's lazy tree, for ``detectron2.config.instantiate``.
         sections: the instantiated dataclass of every other section, by name.
         resolved: the plain JSON form of every section, ``model`` included; callables as dotted names.
@@ -36,6 +37,7 @@ class Recipe:
     name: str
     path: Path
     overrides: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
     model: Any = None
     sections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,7 +50,7 @@ class Recipe:
     def command(self) -> str:
         """The command line that runs this recipe."""
         given = self.name if self.path.parent == RECIPES_DIR else str(self.path)
-        return shlex.join(["python", "-m", "pipeline", "run", given, *self.overrides])
+        return shlex.join(["python", "-m", "pipeline", "run", given, *self.overrides, *self.options])
 
 
 def available() -> list[str]:

@@ -67,7 +67,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointDamaged(
-            f"{path} cannot be read as a checkpoint: {error}. It is damaged or not a PyTorch file; train again with --force"
+            f"{path} cannot be read as a checkpoint: {error}. It is damaged or not a PyTorch file; "
+            "train again with --force"
         ) from error
 
 

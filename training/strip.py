@@ -33,7 +33,7 @@ class StripProof:
     Attributes:
         num_tensors: tensors of the student, each compared byte for byte.
         tensors_identical: all of them are.
-        keys_are_stock: the student's keys are exactly those of the stock detector built without this project's training.
+        keys_are_stock: the student's keys are exactly those of the stock detector.
         num_teacher_tensors_in_student: tensors of the distiller found, by content, in the student checkpoint.
         num_probe_images: images on which the outputs were compared.
         max_abs_difference: between the outputs of the training module in eval mode and of the stripped student.

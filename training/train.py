@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,7 @@ from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_mo
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.events import EventWriter, JSONWriter, get_event_storage
-from fvcore.common.param_scheduler import (
-    CompositeParamScheduler,
-    CosineParamScheduler,
-    LinearParamScheduler,
-    MultiStepParamScheduler,
-    ParamScheduler,
-)
+from detectron2.utils.events import JSONWriter
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -35,7 +27,9 @@ from training.config import TrainingConfig
 from training.dataset import CocoDataset, detectron2_dicts
 from training.detection_losses import distilled_levels
 from training.distilled_detector import DistillationHook, DistilledDetector
-from training.evaluate import evaluate_detector, resolve_device
+from training.evaluate import resolve_device
+from training.optimization import build_optimizer, learning_rate_factor
+from training.progress import ProgressWriter, RunHook
 
 METRICS_FILE = "metrics.json"
 AP_FILE = "average_precision.json"
@@ -88,7 +82,7 @@ def train(
     # Depthwise convolutions train twice as fast on a CPU in channels-last, dense ones faster still on tensor cores.
     detector = distilled_detector(student, distiller_config).to(device, memory_format=torch.channels_last)
     detector.train()
-    run = _RunHook(config, detector.student, validation_set, output_directory)
+    run = RunHook(config, detector.student, validation_set, output_directory)
     trainer, checkpointer = _build_trainer(detector, config, output_directory, run)
     _load_initial(checkpointer, config)
     start = 0
@@ -157,7 +151,7 @@ def _build_trainer(
         ]
     )
     if comm.is_main_process():
-        writers = [JSONWriter(str(output_directory / METRICS_FILE)), _ProgressWriter(config)]
+        writers = [JSONWriter(str(output_directory / METRICS_FILE)), ProgressWriter(config)]
         trainer.register_hooks(
             [
                 hooks.PeriodicWriter(writers, period=config.log_period_iters),
@@ -167,36 +161,6 @@ def _build_trainer(
             ]
         )
     return trainer, checkpointer
-
-
-def build_optimizer(detector: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """One optimizer for student and distiller: the reference's two have the same settings in 13 of its 14 recipes."""
-    parameters = [p for p in detector.parameters() if p.requires_grad]
-    if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            parameters, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
-    limit = config.clip_gradient_value
-    if limit is not None:
-        optimizer.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_(parameters, limit))
-    return optimizer
-
-
-def learning_rate_factor(config: TrainingConfig) -> ParamScheduler:
-    """The multiplier of the learning rate over training progress in [0, 1]."""
-    warmup = min(config.warmup_iters / config.max_iter, 0.5)
-    if config.lr_schedule == "cosine":
-        main: ParamScheduler = CosineParamScheduler(1.0, 0.0)
-    else:
-        values = [0.1**i for i in range(len(config.lr_decay_iters) + 1)]
-        main = MultiStepParamScheduler(values, milestones=config.lr_decay_iters, num_updates=config.max_iter)
-    if warmup == 0:
-        return main
-    return CompositeParamScheduler(
-        [LinearParamScheduler(1e-3, main(warmup)), main], [warmup, 1 - warmup], ["rescaled", "fixed"]
-    )
 
 
 def _load_initial(checkpointer: StudentCheckpointer, config: TrainingConfig) -> None:
@@ -246,89 +210,3 @@ def _drop_metrics_from(path: Path, iteration: int) -> None:
         if record["iteration"] < iteration:
             kept.append(line)
     path.write_text("".join(line + "\n" for line in kept))
-
-
-class _RunHook(HookBase):
-    """Measures AP at the asked fractions of training, and the run's time, through interruptions."""
-
-    def __init__(self, config: TrainingConfig, student: nn.Module, dataset: CocoDataset, directory: Path) -> None:
-        self._config, self._student, self._dataset, self._directory = config, student, dataset, directory
-        self._at = {round(fraction * config.max_iter): fraction for fraction in config.evaluate_at}
-        self.ap_curve: list[dict[str, float]] = []
-        self.seconds = 0.0
-        self.images_per_second = 0.0
-        self.num_resumed = 0
-        self._step_seconds: list[float] = []
-
-    def before_train(self) -> None:
-        self._started = time.perf_counter()
-        if self.trainer.start_iter == 0:
-            self._evaluate(0)
-
-    def before_step(self) -> None:
-        self._step_started = time.perf_counter()
-
-    def after_step(self) -> None:
-        self._step_seconds.append(time.perf_counter() - self._step_started)
-        self._evaluate(self.trainer.iter + 1)
-
-    def after_train(self) -> None:
-        self.seconds += time.perf_counter() - self._started
-        if self._step_seconds:
-            self.images_per_second = self._config.images_per_batch * len(self._step_seconds) / sum(self._step_seconds)
-
-    def _evaluate(self, iteration: int) -> None:
-        if iteration not in self._at:
-            return
-        if comm.is_main_process():
-            scores = evaluate_detector(
-                self._student,
-                self._dataset,
-                short_edge_pixels=max(self._config.short_edge_pixels),
-                max_edge_pixels=self._config.max_edge_pixels,
-                output_directory=self._directory / "evaluation",
-            )
-            self.ap_curve.append({"iteration": iteration, "fraction": self._at[iteration], **scores})
-            logger.info(
-                "iteration %d of %d: AP %.1f  AP50 %.1f", iteration, self._config.max_iter, scores["AP"], scores["AP50"]
-            )
-        comm.synchronize()
-
-    def state_dict(self) -> dict[str, Any]:
-        seconds = self.seconds + time.perf_counter() - self._started
-        return {"ap_curve": self.ap_curve, "seconds": seconds, "num_resumed": self.num_resumed}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.ap_curve = state_dict["ap_curve"]
-        self.seconds = state_dict["seconds"]
-        self.num_resumed = state_dict["num_resumed"]
-
-
-class _ProgressWriter(EventWriter):
-    """One line for a person: losses, images a second, time left."""
-
-    def __init__(self, config: TrainingConfig) -> None:
-        self._config = config
-
-    def write(self) -> None:
-        storage = get_event_storage()
-        histories = storage.histories()
-        if "time" not in histories:
-            return
-        seconds = histories["time"].median(self._config.log_period_iters)
-        left = int(seconds * (self._config.max_iter - storage.iter - 1))
-        losses = "  ".join(
-            f"{name.removeprefix('loss_')} {history.median(self._config.log_period_iters):.3f}"
-            for name, history in histories.items()
-            if "loss" in name and name != "total_loss"
-        )
-        logger.info(
-            "iteration %d of %d  loss %.3f (%s)  %.1f images/s  %d:%02d left",
-            storage.iter + 1,
-            self._config.max_iter,
-            histories["total_loss"].median(self._config.log_period_iters),
-            losses,
-            self._config.images_per_batch / seconds,
-            left // 60,
-            left % 60,
-        )

@@ -19,6 +19,7 @@ from training.distillers.lgd.implicit_teacher import ImplicitTeacher
 from training.distillers.lgd.normalization import normalize_planes
 from training.distillers.lgd.objects import LgdInputError, objects_from_instances
 from training.distillers.lgd.relation_adapter import Query
+from training.schedule import DistillationSchedule
 
 Features = dict[str, Tensor]
 
@@ -50,6 +51,13 @@ class LgdConfig:
     def __post_init__(self) -> None:
         if self.query not in get_args(Query):
             raise LgdInputError(f"distiller.query is {self.query!r}; it must be one of {', '.join(get_args(Query))}.")
+
+    def schedule(self) -> DistillationSchedule:
+        return DistillationSchedule(
+            distill_from_iter=self.distill_from_iter,
+            distill_until_iter=self.distill_until_iter,
+            freeze_backbone_until_iter=self.freeze_backbone_until_iter,
+        )
 
     def build(self, *, channels: int, num_classes: int, level_names: Sequence[str]) -> LabelGuidedDistiller:
         """The distiller for a student whose pyramid has these levels, all of `channels` channels.

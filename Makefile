@@ -1,0 +1,83 @@
+# From labelled images to a measured Triton endpoint. `make help` lists the targets.
+#
+#   RECIPE=name or file   SET="section.key=value ..."   NAME=folder of the run (default: the recipe's name)
+#   ARGS="--force ..."    IMAGES="a.jpg b.jpg"          PYTHON=python3.12
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+RECIPE ?= embedded
+SET ?=
+NAME ?=
+ARGS ?=
+IMAGES ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes
+RUN := $(BIN)/python -m pipeline run $(RECIPE) $(SET) $(if $(NAME),--name $(NAME))
+STAGES := data train strip export engine validate deploy benchmark
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup train-export-deploy $(STAGES) report status serve detect test lint golden lock clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(INSTALLED) ## Create .venv and install the pinned dependencies; every target that needs it does so.
+
+$(INSTALLED): requirements/check_system.py $(wildcard requirements/*.txt)
+	@$(PYTHON) requirements/check_system.py
+	@echo "installing the pinned dependencies into $(VENV): about 6 GB, some minutes"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) -r requirements/lock.txt
+	@$(PIP) --no-deps -r requirements/without-dependencies.txt
+	@$(PIP) --no-deps --upgrade --only-binary=:all: --python-version 3.10 \
+		--target "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		-r requirements/detectron2.txt
+	@touch $@
+
+train-export-deploy: $(INSTALLED) ## Everything: train, strip, export, prove, deploy, benchmark, report. Only what changed runs.
+	@$(RUN) $(ARGS)
+
+data: $(INSTALLED) ## Generate the embedded data set, or check your own.
+train: $(INSTALLED) ## Train the student with its distiller; goes on from the last checkpoint.
+strip: $(INSTALLED) ## Drop the teacher and prove that nothing of it is left.
+export: $(INSTALLED) ## Write the ONNX model and its signature.
+engine: $(INSTALLED) ## Build the TensorRT engine.
+validate: $(INSTALLED) ## Measure AP in every format, match detections, check batch invariance.
+deploy: $(INSTALLED) ## Publish a model version and measure AP through the live endpoint.
+benchmark: $(INSTALLED) ## Measure latency and throughput of the endpoint.
+$(STAGES):
+	@$(RUN) --until $@ $(ARGS)
+
+report: $(INSTALLED) ## Write report.json, report.md and report.html anew.
+	@$(BIN)/python -m pipeline report $(RECIPE) $(SET) $(if $(NAME),--name $(NAME))
+
+status: $(INSTALLED) ## Show how the stages of the recipe's run stand.
+	@$(BIN)/python -m pipeline status $(RECIPE) $(SET) $(if $(NAME),--name $(NAME))
+
+serve: $(INSTALLED) ## Serve the deployed model in the foreground; Ctrl-C ends it.
+	@$(BIN)/python -m pipeline serve --name $(or $(NAME),$(basename $(notdir $(RECIPE)))) $(ARGS)
+
+detect: $(INSTALLED) ## Send IMAGES="a.jpg b.jpg" to the server that `make serve` runs.
+	@$(BIN)/python -m pipeline detect $(IMAGES) $(ARGS)
+
+test: $(INSTALLED) lint ## Run the linters, the type checker and the test suite.
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## Run the linters and the type checker alone.
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+golden: $(INSTALLED) ## Write the golden files anew; read the diff before committing it.
+	@$(BIN)/python tests/golden/make_lgd.py
+	@$(BIN)/python tests/golden/make_model_repository.py
+
+lock: ## Pin the dependencies of pyproject.toml anew (needs uv).
+	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-annotate --quiet --custom-compile-command "make lock" --output-file requirements/lock.txt
+
+clean: ## Remove the run of RECIPE (its artifacts and its model repository); .venv stays.
+	@rm -rf runs/$(or $(NAME),$(basename $(notdir $(RECIPE))))

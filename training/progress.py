@@ -1,0 +1,105 @@
+"""What a person sees of a training run: AP on the way, and a line of losses, speed and time left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventWriter, get_event_storage
+from torch import nn
+
+from training.config import TrainingConfig
+from training.dataset import CocoDataset
+from training.evaluate import evaluate_detector
+
+logger = logging.getLogger(__name__)
+
+
+class RunHook(HookBase):
+    """Measures AP at the asked fractions of training, and the run's time, through interruptions."""
+
+    def __init__(self, config: TrainingConfig, student: nn.Module, dataset: CocoDataset, directory: Path) -> None:
+        self._config, self._student, self._dataset, self._directory = config, student, dataset, directory
+        self._at = {round(fraction * config.max_iter): fraction for fraction in config.evaluate_at}
+        self.ap_curve: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.images_per_second = 0.0
+        self.num_resumed = 0
+        self._step_seconds: list[float] = []
+
+    def before_train(self) -> None:
+        self._started = time.perf_counter()
+        if self.trainer.start_iter == 0:
+            self._evaluate(0)
+
+    def before_step(self) -> None:
+        self._step_started = time.perf_counter()
+
+    def after_step(self) -> None:
+        self._step_seconds.append(time.perf_counter() - self._step_started)
+        self._evaluate(self.trainer.iter + 1)
+
+    def after_train(self) -> None:
+        self.seconds += time.perf_counter() - self._started
+        if self._step_seconds:
+            self.images_per_second = self._config.images_per_batch * len(self._step_seconds) / sum(self._step_seconds)
+
+    def _evaluate(self, iteration: int) -> None:
+        if iteration not in self._at:
+            return
+        if comm.is_main_process():
+            scores = evaluate_detector(
+                self._student,
+                self._dataset,
+                short_edge_pixels=max(self._config.short_edge_pixels),
+                max_edge_pixels=self._config.max_edge_pixels,
+                output_directory=self._directory / "evaluation",
+            )
+            self.ap_curve.append({"iteration": iteration, "fraction": self._at[iteration], **scores})
+            logger.info(
+                "iteration %d of %d: AP %.1f  AP50 %.1f", iteration, self._config.max_iter, scores["AP"], scores["AP50"]
+            )
+        comm.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds = self.seconds + time.perf_counter() - self._started
+        return {"ap_curve": self.ap_curve, "seconds": seconds, "num_resumed": self.num_resumed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.ap_curve = state_dict["ap_curve"]
+        self.seconds = state_dict["seconds"]
+        self.num_resumed = state_dict["num_resumed"]
+
+
+class ProgressWriter(EventWriter):
+    """One line for a person: losses, images a second, time left."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config = config
+
+    def write(self) -> None:
+        storage = get_event_storage()
+        histories = storage.histories()
+        if "time" not in histories:
+            return
+        seconds = histories["time"].median(self._config.log_period_iters)
+        left = int(seconds * (self._config.max_iter - storage.iter - 1))
+        losses = "  ".join(
+            f"{name.removeprefix('loss_')} {history.median(self._config.log_period_iters):.3f}"
+            for name, history in histories.items()
+            if "loss" in name and name != "total_loss"
+        )
+        logger.info(
+            "iteration %d of %d  loss %.3f (%s)  %.1f images/s  %d:%02d left",
+            storage.iter + 1,
+            self._config.max_iter,
+            histories["total_loss"].median(self._config.log_period_iters),
+            losses,
+            self._config.images_per_batch / seconds,
+            left // 60,
+            left % 60,
+        )
