@@ -53,7 +53,8 @@ def greedy_nms(
         all_labels = torch.cat([kept_labels, new_labels], dim=1)
         overlap = _iou(all_boxes, new_boxes) > threshold
         overlap = overlap & (all_labels[:, :, None] == new_labels[:, None, :])
-        candidate = (new_scores > 0) & ~overlap[:, :max_detections].any(dim=1)
+        suppressed = overlap[:, :max_detections] & (kept_scores > 0)[:, :, None]  # empty slots hold arbitrary boxes
+        candidate = (new_scores > 0) & ~suppressed.any(dim=1)
         within = overlap[:, max_detections:] & earlier
         keep = previous = candidate
         for _ in range(ROUNDS):

@@ -133,7 +133,7 @@ def build_engine(
     logger = quiet_logger(trt)
     start = time.monotonic()
     builder = trt.Builder(logger)
-    network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser owns weights that the network refers to
+    network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
     layers_by_dtype = _audited(network, precision, onnx_path)
     config, built_for = _configured(trt, builder, signature, precision, compute_capabilities)
     plan = builder.build_serialized_network(network, config)
