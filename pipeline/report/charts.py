@@ -1,0 +1,252 @@
+"""The report's charts: matplotlib SVG, inlined, whose colours are the page's CSS variables.
+
+A chart cannot know whether it will be read on light or dark paper. So each colour drawn here is a placeholder that the
+SVG's text replaces by ``var(--name)``; the style sheet then gives it a value for each scheme.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+INK, MUTED, GRID, PAPER = "#000001", "#000002", "#000003", "#000004"
+STATUS = {"passed": "#000005", "failed": "#000006", "not run": "#000007"}
+SERIES = [f"#00001{index}" for index in range(8)]
+_VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", PAPER: "paper"}
+_VARIABLES |= {colour: word.replace(" ", "-") for word, colour in STATUS.items()}
+_VARIABLES |= {colour: f"series-{index}" for index, colour in enumerate(SERIES)}
+
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text: selectable, in the page's font, small
+    "font.size": 9,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 4.5,
+}
+BREAKDOWN = (
+    ("client_ms", "client", SERIES[6]),
+    ("queue_ms", "queue", SERIES[1]),
+    ("compute_input_ms", "compute input", SERIES[2]),
+    ("compute_infer_ms", "compute infer", SERIES[0]),
+    ("compute_output_ms", "compute output", SERIES[3]),
+)
+# Column and row of each stage in the lineage graph.
+_PLACES = {
+    "data": (0, 0),
+    "train": (1, 0),
+    "strip": (2, 0),
+    "export": (3, 0),
+    "engine": (3.5, -1),
+    "validate": (4, 0),
+    "deploy": (5, 0),
+    "benchmark": (6, 0),
+}
+
+
+def charts(report: Mapping[str, Any]) -> dict[str, str]:
+    """The SVG of each chart; empty text where the report has no numbers for it."""
+    latency, training = report["latency"], report["distillation"]
+    drawn = dict.fromkeys(("ap_curve", "losses", "latency", "breakdown", "open_loop", "per_class"), "")
+    drawn["lineage"] = _svg("lineage", (7.6, 1.9), _lineage, report["lineage"])
+    if training["ap_curve"]:
+        drawn["ap_curve"] = _svg("ap", (4.8, 2.7), _ap_curve, training["ap_curve"])
+    if training["losses"]:
+        drawn["losses"] = _svg("loss", (4.8, 2.7), _losses, training["losses"])
+    if any(row["throughput"] is not None for row in latency["closed_loop"]):
+        drawn["latency"] = _svg("latency", (4.8, 3.0), _latency_throughput, latency)
+        drawn["breakdown"] = _svg("breakdown", (4.8, 3.0), _breakdown, latency["closed_loop"])
+    if any(row["request_rate"] is not None for row in latency["open_loop"]):
+        drawn["open_loop"] = _svg("open", (4.8, 2.7), _open_loop, latency)
+    if any(row["delta"] is not None for row in report["per_class"]["rows"]):
+        drawn["per_class"] = _svg("classes", (4.8, 2.9), _per_class, report["per_class"]["rows"])
+    return drawn
+
+
+def _svg(name: str, inches: tuple[float, float], draw: Callable[..., None], values: Any) -> str:
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=inches, layout="constrained")
+        figure.patch.set_alpha(0.0)
+        axes = figure.add_subplot()
+        axes.patch.set_alpha(0.0)
+        draw(axes, values)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Many SVGs share one page, and an id may occur once in it.
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
+    text = re.sub(r"(\d(?:\.\d+)?px) '?DejaVu Sans'?[^;\"]*", r"\1 var(--sans)", text)
+    text = re.sub(r"#0000\d\d", lambda found: f"var(--{_VARIABLES[found.group()]})", text)
+    return re.sub(
+        r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="([^"]*)pt"', r'<svg aria-hidden="true" \1\2', text, count=1
+    )
+
+
+def _legend(axes: Axes, columns: int = 1) -> None:
+    axes.legend(loc="best", ncols=columns, fontsize=8, handlelength=1.4)
+
+
+def _ap_curve(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
+    for index, metric in enumerate(("AP", "AP50")):
+        points = [(100 * point["fraction"], point[metric]) for point in curve if point[metric] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], label=metric)
+    axes.set(xlabel="training (%)", ylabel="AP on validation (%)", ylim=(0, None))
+    _legend(axes)
+
+
+def _losses(axes: Axes, losses: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
+    for index, (name, points) in enumerate(losses.items()):
+        total = name == "total_loss"
+        axes.plot(
+            [point["iteration"] for point in points],
+            [point["value"] for point in points],
+            color=INK if total else SERIES[index % len(SERIES)],
+            linestyle="-" if index < len(SERIES) else "--",
+            linewidth=1.8 if total else 1.2,
+            label=name,
+        )
+    if all(point["value"] > 0 for points in losses.values() for point in points):
+        axes.set_yscale("log")  # the terms differ by orders of magnitude
+    axes.set(xlabel="iteration", ylabel="loss")
+    _legend(axes, columns=2)
+
+
+def _latency_throughput(axes: Axes, latency: Mapping[str, Any]) -> None:
+    rows = [row for row in latency["closed_loop"] if row["throughput"] is not None]
+    for index, percentile in enumerate(("p50_ms", "p99_ms")):
+        points = [(row["throughput"], row[percentile]) for row in rows if row[percentile] is not None]
+        if points:
+            label = f"{percentile.removesuffix('_ms')}, closed loop"
+            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], label=label)
+    for row in rows:
+        if row["p99_ms"] is not None:
+            place = (row["throughput"], row["p99_ms"])
+            axes.annotate(
+                f"{row['concurrency']}", place, (0, 5), textcoords="offset points", ha="center", color=MUTED, fontsize=8
+            )
+    alone = latency["in_process"]
+    if alone and alone["throughput"] is not None and alone["p50_ms"] is not None:
+        axes.plot(
+            alone["throughput"], alone["p50_ms"], marker="D", linestyle="", color=SERIES[2], label="p50, in process"
+        )
+    _objective(axes, latency)
+    axes.set(xlabel="throughput (images/s)", ylabel="latency (ms)", ylim=(0, None))
+    axes.margins(y=0.12)
+    _legend(axes)
+
+
+def _objective(axes: Axes, latency: Mapping[str, Any]) -> None:
+    limit = latency["objective"].get("max_p99_ms")
+    if isinstance(limit, int | float):
+        axes.axhline(
+            limit, color=STATUS["failed"], linestyle=(0, (5, 3)), linewidth=1.1, label=f"objective: p99 ≤ {limit:g} ms"
+        )
+
+
+def _open_loop(axes: Axes, latency: Mapping[str, Any]) -> None:
+    for index, percentile in enumerate(("p50_ms", "p99_ms")):
+        points = [(row["request_rate"], row[percentile]) for row in latency["open_loop"] if row[percentile] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], label=percentile.removesuffix("_ms"))
+    _objective(axes, latency)
+    axes.set(xlabel="request rate (images/s)", ylabel="latency (ms)", ylim=(0, None))
+    _legend(axes)
+
+
+def _breakdown(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    names = [str(row["concurrency"]) for row in rows]
+    left = [0.0] * len(rows)
+    for key, label, colour in BREAKDOWN:
+        widths = [row[key] or 0.0 for row in rows]
+        axes.barh(names, widths, left=left, height=0.62, color=colour, label=label, edgecolor=PAPER, linewidth=0.6)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="mean time in a request (ms)", ylabel="concurrency")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, handlelength=1.0, columnspacing=1.2)
+
+
+def _per_class(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    worst = [row for row in rows if row["delta"] is not None][:10]
+    names = [str(row["name"]) for row in worst]
+    colours = [STATUS["failed"] if row["delta"] < 0 else SERIES[0] for row in worst]
+    axes.barh(names, [row["delta"] for row in worst], height=0.62, color=colours)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set(xlabel="AP − reference AP (points)")
+
+
+def _lineage(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
+    width, height = 0.8, 0.62
+    for stage in stages:
+        x, y = _PLACES[stage["stage"]]
+        for source in stage["reads"]:
+            _arrow(axes, _PLACES[source], (x, y), width, height)
+        colour = STATUS[stage["status"]]
+        box = FancyBboxPatch(
+            (x - width / 2, y - height / 2),
+            width,
+            height,
+            boxstyle="round,pad=0,rounding_size=0.08",
+            facecolor=PAPER,
+            edgecolor=colour,
+            linewidth=1.2,
+            linestyle="--" if stage["status"] == "not run" else "-",
+        )
+        axes.add_patch(box)
+        axes.text(x, y + 0.15, stage["stage"], ha="center", va="center", fontsize=9, fontweight="bold")
+        below = (stage["fingerprint"] or "").removeprefix("sha256:")[:8] or "–"
+        axes.text(x, y - 0.03, below, ha="center", va="center", fontsize=7, color=MUTED)
+        seconds = f"{stage['seconds']:.0f} s · " if stage["seconds"] is not None else ""
+        axes.text(x, y - 0.2, seconds + stage["status"], ha="center", va="center", fontsize=7, color=colour)
+    axes.set(xlim=(-0.5, 6.5), ylim=(-1.4, 0.85))
+    axes.axis("off")
+
+
+def _arrow(axes: Axes, source: tuple[float, float], target: tuple[float, float], width: float, height: float) -> None:
+    """An arrow between two boxes: straight to a neighbour, else curved around those in between."""
+    (x0, y0), (x1, y1) = source, target
+    if y0 != y1:
+        start, end, bend = (x0, y0 - height / 2), (x1 - width / 2, y1), 0.35
+        if y0 < y1:
+            start, end = (x0 + width / 2, y0), (x1, y1 - height / 2)
+    elif x1 - x0 > 1:
+        start, end, bend = (x0, y0 + height / 2), (x1, y1 + height / 2), -0.16
+    else:
+        start, end, bend = (x0 + width / 2, y0), (x1 - width / 2, y1), 0.0
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            connectionstyle=f"arc3,rad={bend}",
+            arrowstyle="-|>",
+            mutation_scale=7,
+            color=MUTED,
+            linewidth=0.8,
+            shrinkA=1,
+            shrinkB=1,
+        )
+    )

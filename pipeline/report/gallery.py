@@ -1,0 +1,120 @@
+"""Validation images with ground truth and detections drawn on them, as JPEGs that fit into one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import colorsys
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from export.signature import Detections
+
+SCORE_FLOOR = 0.3  # the score from which batch invariance is judged too: what a person would call "detected"
+PANEL_EDGE_PIXELS = 360  # enlarges small images so that labels stay readable, and keeps 12 images under 2 MB
+FONT_PIXELS = 12
+JPEG_QUALITY = 82
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GalleryImage:
+    """One validation image with what should be found on it and what each runner found.
+
+    Attributes:
+        image_id: the data set's id.
+        image: path of a JPEG or PNG, or an (H, W, 3) uint8 RGB array.
+        boxes: (G, 4) ground truth, xyxy in pixels of ``image``.
+        labels: (G,) contiguous class indices of ``boxes``.
+        detections: runner name -> its detections, boxes xyxy in pixels of ``image``.
+    """
+
+    image_id: int
+    image: Path | np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    detections: Mapping[str, Detections]
+
+
+def draw_gallery(images: Sequence[GalleryImage], class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry an image: a ground-truth panel and one panel a runner, each a JPEG data URI with its description."""
+    return [_draw(image, class_names) for image in images]
+
+
+def _draw(item: GalleryImage, class_names: Sequence[str]) -> dict[str, Any]:
+    if isinstance(item.image, np.ndarray):
+        picture = Image.fromarray(item.image, mode="RGB")
+    else:
+        with Image.open(item.image) as opened:
+            picture = opened.convert("RGB")
+    panels = [_panel(picture, "ground truth", item.boxes, item.labels, None, class_names)]
+    for runner, found in item.detections.items():
+        shown = found.above(SCORE_FLOOR)
+        panels.append(_panel(picture, runner, shown.boxes, shown.labels, shown.scores, class_names))
+    return {"image_id": item.image_id, "width": picture.width, "height": picture.height, "panels": panels}
+
+
+def _panel(
+    picture: Image.Image,
+    name: str,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray | None,
+    class_names: Sequence[str],
+) -> dict[str, Any]:
+    scale = PANEL_EDGE_PIXELS / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    canvas = picture.resize(size, Image.Resampling.BICUBIC)
+    captions = []
+    for index, label in enumerate(labels):
+        caption = class_names[label] if label < len(class_names) else f"class {label}"
+        captions.append(caption if scores is None else f"{caption} {scores[index]:.2f}")
+    draw = ImageDraw.Draw(canvas)
+    # Small boxes last, so that a large neighbour does not hide them.
+    order = sorted(range(len(captions)), key=lambda i: -_area(boxes[i]))
+    for index in order:
+        _draw_box(draw, [float(edge) * scale for edge in boxes[index]], captions[index], _colour(int(labels[index])))
+    words = ", ".join(captions) if captions else "none"
+    kind = "boxes" if scores is None else f"detections above score {SCORE_FLOOR}"
+    return {
+        "name": name,
+        "num_boxes": len(captions),
+        "width_pixels": size[0],
+        "height_pixels": size[1],
+        "description": f"{name}: {len(captions)} {kind} ({words})",
+        "jpeg": _data_uri(canvas),
+    }
+
+
+def _area(box: np.ndarray) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], caption: str, colour: tuple[int, int, int]) -> None:
+    left, top, right, bottom = box
+    # PIL refuses a rectangle whose right edge is left of its left edge; a box thinner than a pixel is still drawn.
+    draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+    font = ImageFont.load_default(size=FONT_PIXELS)
+    width = draw.textlength(caption, font=font) + 4
+    height = FONT_PIXELS + 2
+    canvas_width, canvas_height = draw.im.size
+    x = min(max(0.0, left), max(0.0, canvas_width - width))
+    y = top - height if top >= height else min(bottom, canvas_height - height)
+    draw.rectangle((x, y, x + width, y + height), fill=colour)
+    draw.text((x + 2, y - 1), caption, fill=(0, 0, 0), font=font)
+
+
+def _colour(label: int) -> tuple[int, int, int]:
+    """A bright colour a class; neighbouring labels are far apart in hue, and black text reads on all of them."""
+    red, green, blue = colorsys.hsv_to_rgb((label * 0.61803398875 + 0.13) % 1.0, 0.55, 1.0)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="JPEG", quality=JPEG_QUALITY, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,0 +1,279 @@
+"""The report's sections: each turns the facts of its stages into plain values, or says why it has none.
+
+A section is a dict with ``status`` ("available" or "not run") and ``reason``, and always has all its keys, so that the
+templates never meet an undefined name: a fact that is missing is None.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.publish import partials
+
+Facts = Mapping[str, Any]
+Manifests = Mapping[str, Mapping[str, Any]]
+
+NOT_RUN = "not run"
+AVAILABLE = "available"
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+CURVE_KEYS = ("iteration", "fraction", *METRICS)
+REFERENCE_ROW = "detectron2"
+CANVAS_ROW = "torch, fixed canvas"
+SPLIT_KEYS = (
+    "annotation_file",
+    "image_dir",
+    "digest",
+    "num_images",
+    "num_boxes",
+    "num_empty_images",
+    "num_crowd_boxes",
+    "objects_per_image",
+    "share_small",
+)
+LATENCY_KEYS = (
+    "throughput",
+    "p50_ms",
+    "p90_ms",
+    "p95_ms",
+    "p99_ms",
+    "num_requests",
+    "num_failures",
+    "mean_batch_size",
+    "client_ms",
+    "queue_ms",
+    "compute_input_ms",
+    "compute_infer_ms",
+    "compute_output_ms",
+)
+MAX_CURVE_POINTS = 200
+TRAINING_FRACTIONS = (0.0, 0.25, 1.0)
+FRACTION_TOLERANCE = 0.05
+
+
+def pick(facts: Facts | None, keys: Sequence[str]) -> dict[str, Any]:
+    """``facts`` reduced to ``keys``, None for each that is missing."""
+    return {key: (facts or {}).get(key) for key in keys}
+
+
+def section(stage: str, manifests: Manifests, absent: Mapping[str, str]) -> tuple[Facts, dict[str, Any]]:
+    """The facts of ``stage`` and the head of its section; ``absent`` says why a stage has no manifest."""
+    if stage not in manifests:
+        return {}, {"status": NOT_RUN, "reason": absent.get(stage, "no manifest")}
+    return manifests[stage].get("facts") or {}, {"status": AVAILABLE, "reason": None}
+
+
+def dataset(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """Size and difficulty of each split."""
+    facts, head = section("data", manifests, absent)
+    splits = {split: pick(facts[split], SPLIT_KEYS) for split in ("train", "validation") if facts.get(split)}
+    return {**head, "embedded": facts.get("embedded"), "class_names": facts.get("class_names") or [], "splits": splits}
+
+
+def accuracy(manifests: Manifests, absent: Mapping[str, str], gates: Sequence[Facts]) -> dict[str, Any]:
+    """Every accuracy row, the reference first, with its distance to the reference and to the row it is held against."""
+    sources = [(row, stage) for stage in ("validate", "deploy") for row in _facts_rows(manifests, stage)]
+    sources.sort(key=lambda source: source[0].get("name") != REFERENCE_ROW)
+    sizes = {digest: size for _, digest, size in _all_files(manifests)}
+    average_precision = {str(row.get("name")): row.get("AP") for row, _ in sources}
+    rows = [_accuracy_row(row, stage, average_precision, sizes, gates) for row, stage in sources]
+    _, head = section("validate", manifests, absent)
+    if rows:
+        head = {"status": AVAILABLE, "reason": None}
+    missing = [
+        {"stage": stage, "reason": absent[stage]} for stage in ("validate", "deploy") if stage in absent and rows
+    ]
+    return {**head, "reference": REFERENCE_ROW, "rows": rows, "missing": missing}
+
+
+def _accuracy_row(
+    row: Facts, stage: str, average_precision: Facts, sizes: Mapping[str, Any], gates: Sequence[Facts]
+) -> dict[str, Any]:
+    name, runner = row.get("name"), row.get("runner")
+    default = None if name == REFERENCE_ROW else REFERENCE_ROW if name == CANVAS_ROW else CANVAS_ROW
+    compared_with = row.get("compared_with", default)
+    delta = row.get("delta")
+    digest = row.get("digest")
+    return {
+        "name": name,
+        "runner": runner,
+        "stage": stage,
+        "status": row.get("status") or NOT_RUN,
+        "reason": row.get("reason"),
+        **pick(row, METRICS),
+        "delta_to_reference": None
+        if name == REFERENCE_ROW
+        else difference(row.get("AP"), average_precision.get(REFERENCE_ROW)),
+        "compared_with": compared_with,
+        "delta": difference(row.get("AP"), average_precision.get(compared_with)) if delta is None else delta,
+        "digest": digest,
+        "size_bytes": row.get("size_bytes", sizes.get(str(digest))),
+        "command": row.get("command"),
+        "gates": [
+            pick(gate, ("name", "value", "limit", "status"))
+            for gate in gates
+            if gate["stage"] == stage and name and str(name) in str(gate["name"])
+        ],
+    }
+
+
+def difference(value: Any, base: Any) -> float | None:
+    """``value - base`` where both are numbers."""
+    if isinstance(value, int | float) and isinstance(base, int | float):
+        return value - base
+    return None
+
+
+def distillation(run_dir: Path, manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """How training went: AP at fixed shares of it, the AP curve and every loss term."""
+    facts, head = section("train", manifests, absent)
+    curve = [pick(point, CURVE_KEYS) for point in facts.get("ap_curve") or []]
+    curve = [point for point in curve if isinstance(point["fraction"], int | float)]
+    marks = [_curve_at(curve, fraction) for fraction in TRAINING_FRACTIONS]
+    keys = ("num_iters", "distiller", "seconds", "images_per_second", "parameters", "device", "resumed")
+    return {**head, **pick(facts, keys), "ap_curve": curve, "ap_at": marks, "losses": _loss_curves(run_dir)}
+
+
+def _curve_at(curve: Sequence[Facts], fraction: float) -> dict[str, Any]:
+    """The evaluation nearest to ``fraction`` of training, or that there was none."""
+    near = min(curve, key=lambda point: abs(point["fraction"] - fraction), default=None)
+    if near is None or abs(near["fraction"] - fraction) > FRACTION_TOLERANCE:
+        reason = f"no evaluation near {fraction:.0%} of training"
+        return {"asked_fraction": fraction, "status": NOT_RUN, "reason": reason, **pick(None, CURVE_KEYS)}
+    return {"asked_fraction": fraction, "status": AVAILABLE, "reason": None, **near}
+
+
+def _loss_curves(run_dir: Path) -> dict[str, list[dict[str, float]]]:
+    """Every loss term of detectron2's ``metrics.json`` (JSON lines), thinned to what a chart can show.
+
+    A last line cut short by a crash is dropped: the run that crashed is the one whose curve is wanted.
+    """
+    logs = [directory / "metrics.json" for directory in (run_dir / "train", *partials(run_dir, "train"))]
+    path = next((log for log in logs if log.is_file()), None)
+    curves: dict[str, list[dict[str, float]]] = {}
+    for line in path.read_text().splitlines() if path else []:
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        for key, value in values.items():
+            if "loss" in key and "iteration" in values and isinstance(value, int | float):
+                curves.setdefault(key, []).append({"iteration": values["iteration"], "value": value})
+    return {key: points[:: -(-len(points) // MAX_CURVE_POINTS)] for key, points in sorted(curves.items())}
+
+
+def strip(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """What was removed, and the proof that what is left is the student, unchanged."""
+    facts, head = section("strip", manifests, absent)
+    exported = (manifests.get("export") or {}).get("facts") or {}
+    keys = (
+        "num_tensors",
+        "tensors_identical",
+        "num_teacher_tensors_in_student",
+        "max_abs_difference",
+        "num_probe_images",
+    )
+    parts = ("part", "num_parameters", "size_bytes")
+    return {
+        **head,
+        **pick(facts, keys),
+        "num_teacher_initializers": exported.get("num_teacher_initializers"),
+        "kept": pick(facts.get("kept"), parts[1:]),
+        "removed": [pick(part, parts) for part in facts.get("removed") or []],
+    }
+
+
+def onnx_model(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """Size and shape of the exported graph."""
+    facts, head = section("export", manifests, absent)
+    keys = ("opset", "num_nodes", "size_bytes", "num_teacher_initializers", "batch_sizes_checked")
+    return {**head, **pick(facts, keys)}
+
+
+def engine(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """The TensorRT engine, or why there is none."""
+    facts, head = section("engine", manifests, absent)
+    if facts.get("status") == NOT_RUN:
+        head = {"status": NOT_RUN, "reason": facts.get("reason")}
+    keys = ("library", "version", "precision", "compute_capabilities", "size_bytes", "seconds", "inspector", "run")
+    return {**head, **pick(facts, keys), "layers_by_dtype": facts.get("layers_by_dtype") or {}}
+
+
+def parity(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """Detection-level matching, batch invariance and golden images."""
+    facts, head = section("validate", manifests, absent)
+    deployed, _ = section("deploy", manifests, absent)
+    keys = ("num_images", "num_matched", "num_unmatched", "min_iou", "max_score_error", "max_box_error_pixels")
+    invariance = [
+        {"where": where, **values}
+        for where, values in (
+            ("ONNX Runtime, in process", facts.get("batch_invariance")),
+            ("live endpoint", deployed.get("batch_invariance")),
+        )
+        if values
+    ]
+    return {
+        **head,
+        "matching": pick(facts["matching"], keys) if facts.get("matching") else None,
+        "batch_invariance": invariance,
+        "golden_images": deployed.get("golden_images") or None,
+    }
+
+
+def per_class(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """AP of each class against the reference, largest loss first."""
+    facts, head = section("validate", manifests, absent)
+    rows = []
+    for row in facts.get("per_class") or []:
+        values = pick(row, ("name", "reference_AP", "AP"))
+        rows.append({**values, "delta": difference(values["AP"], values["reference_AP"])})
+    rows.sort(key=lambda row: (row["delta"] is None, row["delta"] or 0.0))
+    return {**head, "rows": rows}
+
+
+def deployment(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """Where the model version runs, and the container command that was or was not executed."""
+    facts, head = section("deploy", manifests, absent)
+    keys = ("model_name", "version", "server", "url", "repository", "mean_batch_size")
+    container = facts.get("container")
+    return {
+        **head,
+        **pick(facts, keys),
+        "container": pick(container, ("command", "executed", "reason")) if container else None,
+    }
+
+
+def latency(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """Closed loop, open loop and the same model in process, so that the serving overhead is a subtraction."""
+    facts, head = section("benchmark", manifests, absent)
+    in_process = facts.get("in_process")
+    return {
+        **head,
+        "closed_loop": [pick(row, ("concurrency", *LATENCY_KEYS)) for row in facts.get("closed_loop") or []],
+        "open_loop": [pick(row, ("request_rate", *LATENCY_KEYS)) for row in facts.get("open_loop") or []],
+        "in_process": pick(in_process, LATENCY_KEYS) if in_process else None,
+        "serving_overhead_ms": facts.get("serving_overhead_ms"),
+        "objective": dict(facts.get("objective") or {}),
+    }
+
+
+def _facts_rows(manifests: Manifests, stage: str) -> list[Facts]:
+    return list(((manifests.get(stage) or {}).get("facts") or {}).get("rows") or [])
+
+
+def files_of(manifest: Facts) -> list[dict[str, Any]]:
+    """Name, digest and size of every file a stage wrote."""
+    return [
+        {"name": name, "digest": record.get("sha256"), "size_bytes": record.get("size_bytes")}
+        for name, record in (manifest.get("files") or {}).items()
+    ]
+
+
+def _all_files(manifests: Manifests) -> list[tuple[str, str, Any]]:
+    return [
+        (file["name"], str(file["digest"]), file["size_bytes"])
+        for manifest in manifests.values()
+        for file in files_of(manifest)
+    ]

@@ -1,0 +1,279 @@
+"""The report: manifests in, three files out, for runs that passed, failed, crashed or never got far."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.signature import Detections
+from pipeline.report import GalleryImage, build_report, write_report
+from pipeline.report.build import STAGE_READS
+
+MANIFESTS = Path(__file__).with_name("test_report_manifests.json")
+NO_GPU = "no NVIDIA GPU"
+ENVIRONMENT = {
+    "platform": "Linux-6.1 x86_64",
+    "cpu": "AMD EPYC 7B13",
+    "num_cores": 2,
+    "memory_bytes": 8_262_000_000,
+    "gpus": [],
+    "gpu_reason": NO_GPU,
+    "versions": {"torch": "2.14.1", "onnxruntime": "1.31.1", "tensorrt": None, "tritonserver": "2.63.0"},
+    "commit": "9079f93",
+}
+
+
+@pytest.fixture
+def manifests() -> dict[str, dict[str, Any]]:
+    """What the stages of a run without a GPU leave behind."""
+    found: dict[str, dict[str, Any]] = json.loads(MANIFESTS.read_text())
+    return found
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run folder with the training log; its last line is cut short as a crash would leave it."""
+    (tmp_path / "train").mkdir()
+    terms = {"loss_cls": 300, "loss_box_reg": 900, "distill_loss": 500, "total_loss": 400}
+    lines = [
+        json.dumps({"iteration": i, "lr": 0.01, **{name: 1 / (1 + i / pace) for name, pace in terms.items()}})
+        for i in range(0, 3000, 5)
+    ]
+    (tmp_path / "train" / "metrics.json").write_text("\n".join(lines) + '\n{"iteration": 3000, "total')
+    return tmp_path
+
+
+def gallery_of(count: int) -> list[GalleryImage]:
+    random = np.random.default_rng(0)
+    boxes = np.array([[20, 20, 90, 80], [100, 30, 140.5, 70], [0, 0, 3, 2]], dtype=np.float32)
+    found = Detections(
+        boxes=boxes, scores=np.array([0.9, 0.6, 0.1], dtype=np.float32), labels=np.array([0, 3, 9], dtype=np.int32)
+    )
+    empty = Detections(boxes=np.zeros((0, 4)), scores=np.zeros(0), labels=np.zeros(0, dtype=np.int32))
+    return [
+        GalleryImage(
+            image_id=index,
+            image=random.integers(0, 255, (120, 160, 3), dtype=np.uint8),
+            boxes=boxes[:2],
+            labels=np.array([0, 3]),
+            detections={"ONNX Runtime": found if index else empty},
+        )
+        for index in range(count)
+    ]
+
+
+def report_of(run_dir: Path, manifests: dict[str, Any], **more: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {"failure": None, "recipe_name": "embedded", "environment": ENVIRONMENT, "gallery": []}
+    return build_report(run_dir, manifests=manifests, **{**settings, **more})
+
+
+def written(report: dict[str, Any], directory: Path) -> tuple[str, str]:
+    """The HTML and the Markdown of a report."""
+    write_report(report, directory / "report")
+    assert json.loads((directory / "report" / "report.json").read_text()) == report
+    return (directory / "report" / "report.html").read_text(), (directory / "report" / "report.md").read_text()
+
+
+class PageReader(html.parser.HTMLParser):
+    """Visible words, tags, ids and outside references of an HTML page."""
+
+    VOID = frozenset({"meta", "link", "img", "br", "path", "use", "rect", "stop"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.images: list[dict[str, str | None]] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.ids += [str(values["id"])] if "id" in values else []
+        self.references += [str(values[key]) for key in ("href", "src", "xlink:href") if key in values]
+        self.images += [values] if tag == "img" else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def read_page(page: str) -> PageReader:
+    reader = PageReader()
+    reader.feed(page)
+    assert reader.open == []
+    return reader
+
+
+def test_a_run_without_a_gpu_passes_and_says_what_was_not_run(manifests: Any, run_dir: Path) -> None:
+    report = report_of(run_dir, manifests)
+    assert report["verdict"]["status"] == "PASS"
+    assert "4 parts were not run" in report["verdict"]["sentence"]
+    not_run = {item["what"]: item["reason"] for item in report["verdict"]["not_run"]}
+    assert not_run == {
+        "engine inspector": NO_GPU,
+        "running the engine": NO_GPU,
+        "accuracy of TensorRT": NO_GPU,
+        "container command": "never executed here: no Docker engine was found",
+    }
+    page, markdown = written(report, run_dir)
+    for what in not_run:
+        assert what in read_page(page).text
+        assert what in markdown
+
+
+def test_the_reference_row_comes_first_and_every_row_has_its_differences(manifests: Any, run_dir: Path) -> None:
+    rows = report_of(run_dir, manifests)["accuracy"]["rows"]
+    assert [row["name"] for row in rows][:2] == ["detectron2", "torch, fixed canvas"]
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["torch, fixed canvas"]["delta"] == pytest.approx(-0.09)
+    assert by_name["torch, fixed canvas"]["compared_with"] == "detectron2"
+    live = by_name["Triton, concurrency 8"]
+    assert live["delta_to_reference"] == pytest.approx(24.928 - 25.02)
+    assert live["delta"] == pytest.approx(24.928 - 24.93)
+    assert live["gates"] == [
+        {"name": "AP drop, Triton, concurrency 8", "value": 0.002, "limit": 0.05, "status": "passed"}
+    ]
+    assert live["size_bytes"] == 49_900_000
+    assert by_name["TensorRT"]["delta"] is None
+
+
+def test_a_failed_gate_is_named_first_and_the_rest_of_the_report_is_there(manifests: Any, run_dir: Path) -> None:
+    manifests["validate"]["gates"][0].update(value=1.4, passed=False, reason="largest drop: 'crab' −6.1")
+    del manifests["deploy"], manifests["benchmark"]
+    failure = {"stage": "validate", "type": "GateFailed", "message": "validate failed 1 gate"}
+    report = report_of(run_dir, manifests, failure=failure)
+    sentence = "Gate “AP drop, ONNX Runtime” of stage validate failed: 1.4, limit 0.05. largest drop: 'crab' −6.1."
+    assert report["verdict"]["status"] == "FAIL"
+    assert report["verdict"]["sentence"] == sentence
+    page, markdown = written(report, run_dir)
+    assert "<title>FAIL at validate" in page
+    assert markdown.startswith("# FAIL at validate: embedded\n")
+    assert "the run stopped at validate" in read_page(page).text
+    assert "40.3" in page  # AP50 of the rows that were measured
+
+
+def test_a_failed_gate_without_a_recorded_failure_still_fails(manifests: Any, run_dir: Path) -> None:
+    manifests["benchmark"]["gates"][0]["passed"] = False
+    report = report_of(run_dir, manifests)
+    assert report["verdict"]["status"] == "FAIL"
+    assert {stage["stage"]: stage["status"] for stage in report["lineage"]}["benchmark"] == "failed"
+
+
+@pytest.mark.parametrize("stage", STAGE_READS)
+def test_a_crash_in_any_stage_still_gives_a_complete_report(stage: str, manifests: Any, run_dir: Path) -> None:
+    stages = list(STAGE_READS)
+    left = {name: manifests[name] for name in stages[: stages.index(stage)]}
+    failure = {"stage": stage, "type": "OSError", "message": "port 8001 is <in use>\nby another server"}
+    report = report_of(run_dir, left, failure=failure)
+    assert report["verdict"]["sentence"] == f"Stage {stage} stopped with OSError: port 8001 is <in use>"
+    page, markdown = written(report, run_dir)
+    assert f"<title>FAIL at {stage}" in page
+    assert "by another server" in read_page(page).text
+    assert "<in use>" not in page
+    assert "by another server" in markdown
+
+
+def test_a_run_that_was_told_to_stop_early_is_incomplete_not_passed(manifests: Any, run_dir: Path) -> None:
+    report = report_of(run_dir, {name: manifests[name] for name in ("data", "train", "strip")})
+    assert report["verdict"]["status"] == "INCOMPLETE"
+    assert {"what": "stage export", "reason": "not part of this run"} in report["verdict"]["not_run"]
+
+
+@pytest.mark.parametrize("stage", STAGE_READS)
+def test_facts_that_are_missing_never_break_the_report(stage: str, manifests: Any, run_dir: Path) -> None:
+    facts = manifests[stage]["facts"]
+    for key in facts:
+        less = {name: value for name, value in facts.items() if name != key}
+        report_of(run_dir, {**manifests, stage: {**manifests[stage], "facts": less}})
+    write_report(report_of(run_dir, {**manifests, stage: {"stage": stage, "facts": dict.fromkeys(facts)}}), run_dir)
+    write_report(report_of(run_dir, {**manifests, stage: {"stage": stage}}), run_dir)
+
+
+def test_a_number_that_json_cannot_say_becomes_null(manifests: Any, run_dir: Path) -> None:
+    manifests["validate"]["facts"]["rows"][1]["APs"] = float("nan")
+    report = report_of(run_dir, manifests)
+    assert report["accuracy"]["rows"][0]["APs"] is None
+    written(report, run_dir)
+
+
+def test_an_engine_that_was_not_built_says_why(manifests: Any, run_dir: Path) -> None:
+    manifests["engine"]["facts"] = {"status": "not run", "reason": "no TensorRT library is installed"}
+    report = report_of(run_dir, manifests)
+    assert {"what": "TensorRT engine", "reason": "no TensorRT library is installed"} in report["verdict"]["not_run"]
+    assert report["engine"]["status"] == "not run"
+
+
+def test_training_is_shown_at_its_start_a_quarter_and_its_end(manifests: Any, run_dir: Path) -> None:
+    training = report_of(run_dir, manifests)["distillation"]
+    assert [mark["iteration"] for mark in training["ap_at"]] == [0, 750, 3000]
+    assert set(training["losses"]) == {"total_loss", "loss_cls", "loss_box_reg", "distill_loss"}
+    assert all(len(points) <= 200 for points in training["losses"].values())
+    del manifests["train"]["facts"]["ap_curve"][1]
+    marks = report_of(run_dir, manifests)["distillation"]["ap_at"]
+    assert marks[1]["status"] == "not run"
+    assert marks[1]["reason"] == "no evaluation near 25% of training"
+
+
+def test_a_training_that_crashed_still_shows_its_losses(manifests: Any, run_dir: Path) -> None:
+    (run_dir / "train").rename(run_dir / "train.partial-0123456789ab")
+    report = report_of(run_dir, {"data": manifests["data"]}, failure={"stage": "train", "type": "E", "message": "m"})
+    assert "total_loss" in report["distillation"]["losses"]
+
+
+def test_the_page_stands_alone_with_unique_ids_and_described_images(manifests: Any, run_dir: Path) -> None:
+    page, _ = written(report_of(run_dir, manifests, gallery=gallery_of(12)), run_dir)
+    reader = read_page(page)
+    assert len(page) < 10_000_000
+    assert len(reader.ids) == len(set(reader.ids))
+    inside = re.compile(r"#|data:|\.\./\w+/manifest\.json$|report\.(json|md)$")
+    assert [reference for reference in reader.references if not inside.match(reference)] == []
+    anchors = [reference[1:] for reference in reader.references if reference.startswith("#")]
+    assert set(anchors) <= set(reader.ids)
+    assert "@import" not in page
+    assert "#0000" not in page  # every placeholder colour became one of the page's own
+    assert len(reader.images) == 24
+    assert all(image["alt"] for image in reader.images)
+    assert reader.images[1]["alt"] == "Image 0, ONNX Runtime: 0 detections above score 0.3 (none)"
+    assert "whale & <calf> 0.60" in str(reader.images[3]["alt"])
+    assert page.count("<svg") == 7
+
+
+def test_text_from_outside_cannot_become_markup(manifests: Any, run_dir: Path) -> None:
+    manifests["validate"]["facts"]["rows"][0]["reason"] = "<script>alert(1)</script> | pipe"
+    page, markdown = written(report_of(run_dir, manifests, recipe_name="<b>bold</b>"), run_dir)
+    assert "<script" not in page
+    assert "<b>bold" not in page
+    row = next(line for line in markdown.splitlines() if "alert(1)" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 16
+
+
+def test_every_table_of_the_markdown_is_rectangular(manifests: Any, run_dir: Path) -> None:
+    _, markdown = written(report_of(run_dir, manifests), run_dir)
+    for block in re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+        assert block.splitlines()[1].startswith("|-"), block
+
+
+def test_each_command_appears_once_with_everything_it_gives(manifests: Any, run_dir: Path) -> None:
+    commands = report_of(run_dir, manifests)["commands"]
+    assert len({item["command"] for item in commands}) == len(commands)
+    given = [what for item in commands for what in item["gives"]]
+    assert {"stage data", "row ONNX Runtime", "row Triton, concurrency 8"} <= set(given)
