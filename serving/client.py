@@ -7,6 +7,7 @@ endpoint's address and the model's name only. Message sizes are not limited here
 from __future__ import annotations
 
 import json
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,7 +94,7 @@ class TritonRunner:
         try:
             answer = self._client.get_model_config(self.model_name, self.version, client_timeout=timeout_seconds)
         except InferenceServerException as error:
-            raise self._translated(error) from error
+            raise _translated(error, self.url, f"refused the request to model {self.model_name!r}") from error
         return {key: parameter.string_value for key, parameter in answer.config.parameters.items()}
 
     def run(self, images: np.ndarray) -> list[Detections]:
@@ -121,7 +122,7 @@ class TritonRunner:
                 client_timeout=self._timeout_seconds,
             )
         except InferenceServerException as error:
-            raise self._translated(error) from error
+            raise _translated(error, self.url, f"refused the request to model {self.model_name!r}") from error
         return detections_from_outputs({name: result.as_numpy(name) for name in OUTPUT_NAMES})
 
     def statistics(self) -> ModelStatistics:
@@ -131,7 +132,7 @@ class TritonRunner:
                 self.model_name, self.version, client_timeout=self._timeout_seconds
             )
         except InferenceServerException as error:
-            raise self._translated(error) from error
+            raise _translated(error, self.url, f"refused the request to model {self.model_name!r}") from error
         return ModelStatistics.from_answer(answer)
 
     def close(self) -> None:
@@ -142,14 +143,6 @@ class TritonRunner:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _translated(self, error: InferenceServerException) -> Exception:
-        if error.status() in _UNREACHABLE:
-            return ServerUnreachable(
-                f"no answer from a Triton server at {self.url} ({error.message()}); start one with `make serve`, or "
-                "check the address given as --url or serving.url (host:port of the gRPC endpoint)"
-            )
-        return RequestRefused(f"model {self.model_name!r} at {self.url} refused the request: {error.message()}")
 
 
 def detect_images(runner: TritonRunner, paths: Iterable[Path]) -> Iterator[tuple[Path, Detections]]:
@@ -162,6 +155,28 @@ def detect_images(runner: TritonRunner, paths: Iterable[Path]) -> Iterator[tuple
         canvas, placement = canvas_from_image(read_image(path), runner.signature)
         (detections,) = runner.run(canvas[None])
         yield path, detections_in_image(detections, placement)
+
+
+def load_model(url: str, model_name: str, *, timeout_seconds: float = 120.0) -> None:
+    """Ask a running server (explicit model control) to load the published versions of a model, and wait until it is ready.
+
+    Raises:
+        ServerUnreachable: nothing answers there.
+        RequestRefused: the server cannot load the model, or does not let clients control models.
+    """
+    with triton.InferenceServerClient(url) as client:
+        try:
+            client.load_model(model_name, client_timeout=timeout_seconds)
+            deadline = time.monotonic() + timeout_seconds
+            # A load call can return before the model serves.
+            while not client.is_model_ready(model_name, client_timeout=timeout_seconds):
+                if time.monotonic() > deadline:
+                    raise RequestRefused(
+                        f"model {model_name!r} at {url} was not ready {timeout_seconds:.0f} s after loading"
+                    )
+                time.sleep(0.1)
+        except InferenceServerException as error:
+            raise _translated(error, url, f"could not load model {model_name!r}") from error
 
 
 def run_concurrently(
@@ -201,3 +216,12 @@ def run_concurrently(
             for future in pending:
                 future.cancel()
     return detections
+
+
+def _translated(error: InferenceServerException, url: str, what: str) -> Exception:
+    if error.status() in _UNREACHABLE:
+        return ServerUnreachable(
+            f"no answer from a Triton server at {url} ({error.message()}); start one with `make serve`, or check the "
+            "address given as --url or serving.url (host:port of the gRPC endpoint)"
+        )
+    return RequestRefused(f"the server at {url} {what}: {error.message()}")

@@ -7,6 +7,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,15 @@ from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
 from export.signature import DetectorSignature
-from serving.client import RequestRefused, ServerUnreachable, TritonRunner, detect_images, run_concurrently
+from serving.client import (
+    RequestRefused,
+    ServerUnreachable,
+    TritonRunner,
+    detect_images,
+    load_model,
+    run_concurrently,
+)
+from serving.model_repository import publish
 from serving.preprocessing import ImageError
 from serving.servers import RunningServer
 from tests.serving.pixel_means import (
@@ -132,13 +141,13 @@ def test_the_servers_refusal_reaches_the_caller(server: RunningServer) -> None:
     with TritonRunner(server.grpc_url, MODEL_NAME) as runner:
         # As when another model was published under the name after this client had connected.
         runner.signature = dataclasses.replace(runner.signature, canvas_width=32)
-        with pytest.raises(RequestRefused, match=rf"'pixel_means' at {server.grpc_url} refused.*unexpected shape"):
+        with pytest.raises(RequestRefused, match=rf"{server.grpc_url} refused .*'pixel_means': .*unexpected shape"):
             runner.run(np.zeros((1, 3, 48, 32), np.uint8))
     assert RequestRefused.exit_code == 2
 
 
 def test_a_model_that_is_not_served_is_named(server: RunningServer) -> None:
-    with pytest.raises(RequestRefused, match=r"model 'nonesuch' at .*unknown model"):
+    with pytest.raises(RequestRefused, match=r"refused .*'nonesuch': .*unknown model"):
         TritonRunner(server.grpc_url, "nonesuch")
 
 
@@ -182,3 +191,28 @@ def test_an_unusable_image_file_stops_before_anything_is_sent(server: RunningSer
         with pytest.raises(ImageError, match=r"cut\.jpg"):
             list(detect_images(runner, [path]))
         assert runner.statistics().num_requests == before
+
+
+def test_a_model_published_beside_a_running_server_is_loaded_on_request(
+    server: RunningServer, repository: Path, model_file: Path, signature: DetectorSignature
+) -> None:
+    facts: dict[str, Any] = {"model_name": "late", "signature": signature, "backend": "python", "num_threads": 1}
+    publish(repository, model_file=model_file, provenance={"run": "first"}, **facts)
+    load_model(server.grpc_url, "late")
+    images = random_images(2)
+    with TritonRunner(server.grpc_url, "late") as runner:
+        assert_same_detections(runner.run(images)[1], expected_detections(images[1]))
+    assert publish(repository, model_file=model_file, provenance={"run": "second"}, **facts) == 2
+    load_model(server.grpc_url, "late")
+    with TritonRunner(server.grpc_url, "late") as runner:
+        assert runner.provenance == {"run": "second"}
+
+
+def test_a_published_model_that_cannot_be_loaded_is_refused_with_the_reason(
+    server: RunningServer, repository: Path, model_file: Path, signature: DetectorSignature, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(model_file.read_bytes()[:-200])
+    publish(repository, model_name="bad", model_file=broken, signature=signature, backend="python", provenance={})
+    with pytest.raises(RequestRefused, match=r"could not load model 'bad'.*failed to load"):
+        load_model(server.grpc_url, "bad")

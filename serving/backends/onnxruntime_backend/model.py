@@ -100,7 +100,7 @@ def _providers(instance_kind: str, device_id: int) -> list[Any]:
     if "GPU" not in instance_kind:
         return ["CPUExecutionProvider"]
     onnxruntime.preload_dlls()  # CUDA and cuDNN from the pip packages beside onnxruntime
-    return [("CUDAExecutionProvider", {"device_id": device_id}), "CPUExecutionProvider"]
+    return [("CUDAExecutionProvider", {"device_id": device_id, "use_tf32": "0"}), "CPUExecutionProvider"]
 
 
 def _error_response(message: str) -> Any:
