@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export.parity import combined, match_detections
+from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
+from export.targets.tensorrt_target import EngineUnavailable, build_engine
+from tests.export.conftest import Exported, canvases
+
+
+def test_torch_and_onnx_runtime_agree_on_a_batch(exported: Exported) -> None:
+    signature = exported.signature
+    images = np.stack(canvases(signature.canvas_height, signature.canvas_width, 5))
+    with (
+        TorchRunner(exported.graph, signature) as torch_runner,
+        OnnxRuntimeRunner(exported.path, signature, num_threads=1, allow_spinning=False) as onnx_runner,
+    ):
+        pairs = zip(torch_runner.run(images), onnx_runner.run(images), strict=True)
+        result = combined(match_detections(a, b, score_threshold=0.05, max_detections=100) for a, b in pairs)
+    assert result.num_unmatched == 0, result
+    assert result.num_matched > 200
+
+
+def test_a_runner_refuses_other_shapes_types_and_batches(exported: Exported) -> None:
+    signature = exported.signature
+    with OnnxRuntimeRunner(exported.path, signature, num_threads=1) as runner:
+        with pytest.raises(ValueError, match="found dtype float32, expected uint8"):
+            runner.run(np.zeros((1, *signature.image_shape), np.float32))
+        with pytest.raises(ValueError, match="found shape"):
+            runner.run(np.zeros((1, 3, 32, 32), np.uint8))
+        with pytest.raises(ValueError, match="found batch 9, expected 1 to 8"):
+            runner.run(np.zeros((9, *signature.image_shape), np.uint8))
+
+
+def test_onnx_runtime_takes_the_cpu_where_no_gpu_answers_and_says_nothing(
+    exported: Exported, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with OnnxRuntimeRunner(exported.path, exported.signature) as runner:
+        assert runner.providers[-1] == "CPUExecutionProvider"
+        assert torch.cuda.is_available() == ("CUDAExecutionProvider" in runner.providers)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+def test_an_engine_without_a_gpu_is_unavailable_with_exit_code_4(exported: Exported) -> None:
+    with pytest.raises(EngineUnavailable, match="no NVIDIA GPU") as error:
+        TensorRTRunner(exported.path, exported.signature)
+    assert error.value.exit_code == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no NVIDIA GPU")
+def test_an_engine_agrees_with_onnx_runtime_on_the_gpu(exported: Exported, tmp_path: Path) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    signature = exported.signature
+    build_engine(exported.path, tmp_path / "model.plan", signature, compute_capabilities=(f"{major}{minor}",))
+    images = np.stack(canvases(signature.canvas_height, signature.canvas_width, 5))
+    with (
+        TensorRTRunner(tmp_path / "model.plan", signature) as engine,
+        OnnxRuntimeRunner(exported.path, signature, providers=["CPUExecutionProvider"]) as onnx_runner,
+    ):
+        pairs = zip(onnx_runner.run(images), engine.run(images), strict=True)
+        result = combined(match_detections(a, b, score_threshold=0.05, max_detections=100) for a, b in pairs)
+    assert result.num_unmatched == 0, result
