@@ -158,7 +158,7 @@ def detect_images(runner: TritonRunner, paths: Iterable[Path]) -> Iterator[tuple
 
 
 def load_model(url: str, model_name: str, *, timeout_seconds: float = 120.0) -> None:
-    """Ask a running server (explicit model control) to load the published versions of a model, and wait until it is ready.
+    """Ask a running server under explicit model control to load a model's published versions; wait until it is ready.
 
     Raises:
         ServerUnreachable: nothing answers there.
@@ -224,4 +224,5 @@ def _translated(error: InferenceServerException, url: str, what: str) -> Excepti
             f"no answer from a Triton server at {url} ({error.message()}); start one with `make serve`, or check the "
             "address given as --url or serving.url (host:port of the gRPC endpoint)"
         )
-    return RequestRefused(f"the server at {url} {what}: {error.message()}")
+    # Triton appends the stack trace of a Python backend; it is in the server's log too.
+    return RequestRefused(f"the server at {url} {what}: {error.message().splitlines()[0]}")

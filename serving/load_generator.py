@@ -1,12 +1,12 @@
 """Latency and throughput of a served detector under load, over gRPC, beside the same model in process.
 
-Two scenarios: *closed loop* keeps a number of requests in flight, each thread sending its next when the last is answered;
-*open loop* sends at times drawn beforehand (Poisson), whether or not the server keeps up, and counts latency from the
-scheduled time, so that a slow answer cannot hide the wait of those behind it (coordinated omission).
+Two scenarios: *closed loop* keeps a number of requests in flight, each thread sending its next when the last is
+answered; *open loop* sends at times drawn beforehand (Poisson), whether or not the server keeps up, and counts latency
+from the scheduled time, so that a slow answer cannot hide the wait of those behind it (coordinated omission).
 
-The client shares the machine with the server, so it is kept light: requests are serialised once and sent as bytes. On two
-cores that took 0.2 ms of processor time a request. Blocking calls in threads serve the closed loop, since they gave the
-lowest latency at concurrency 1 (p50 0.53 ms for a tiny model, against 0.60 with futures and 0.75 with asyncio).
+The client shares the machine with the server, so it is kept light: requests are serialised once and sent as bytes. On
+two cores that took 0.2 ms of processor time a request. Blocking calls in threads serve the closed loop, since they gave
+the lowest latency at concurrency 1 (p50 0.53 ms for a tiny model, against 0.60 with futures and 0.75 with asyncio).
 
 Knows nothing of AP: what is right is shown elsewhere, through the same endpoint.
 """

@@ -214,5 +214,5 @@ def test_a_published_model_that_cannot_be_loaded_is_refused_with_the_reason(
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(model_file.read_bytes()[:-200])
     publish(repository, model_name="bad", model_file=broken, signature=signature, backend="python", provenance={})
-    with pytest.raises(RequestRefused, match=r"could not load model 'bad'.*failed to load"):
+    with pytest.raises(RequestRefused, match=r"could not load model 'bad'.*Protobuf parsing failed"):
         load_model(server.grpc_url, "bad")
