@@ -141,7 +141,7 @@ def detect(
 def main() -> None:
     """Run the command; map errors to messages and exit codes (``pipeline.errors`` draws them)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for name in ("detectron2", "fvcore", "iopath"):
+    for name in ("detectron2", "fvcore", "iopath", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # Deprecations inside the pinned libraries; nothing a user can act on.
     warnings.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ class AccuracyTable:
             by_image[record["image_id"]].append(record)
         self._add_row(
             REFERENCE,
-            {image_id: _detections(records, label_of) for image_id, records in by_image.items()},
+            {image_id: detections_from_coco(records, label_of) for image_id, records in by_image.items()},
             self._context.inputs["strip"].path(STUDENT_CHECKPOINT),
             None,
         )
@@ -124,9 +125,7 @@ class AccuracyTable:
         ids, file = self._signature.category_ids, self._dataset.annotation_file
         scores = average_precision(file, found, ids)
         self._per_class[name] = per_class_average_precision(file, found, ids)
-        (self._context.directory / f"detections_{file_name(name)}.json").write_text(
-            json.dumps(coco_results(found, ids))
-        )
+        (self._context.directory / detections_file(name)).write_text(json.dumps(coco_results(found, ids)))
         if self._reference_ap is None:
             self._reference_ap = scores["AP"]
         self.rows.append(
@@ -185,9 +184,9 @@ class AccuracyTable:
         return "largest class changes: " + ", ".join(f"{c!r} {d:+.2f}" for d, c in sorted(drops)[:2])
 
 
-def file_name(row: str) -> str:
-    """A row's name as part of a file name."""
-    return "".join(c if c.isalnum() else "_" for c in row.lower())
+def detections_file(row: str) -> str:
+    """Name of the file with a row's detections, in COCO's results format."""
+    return f"detections_{'_'.join(re.findall('[a-z0-9]+', row.lower()))}.json"
 
 
 @torch.inference_mode()
@@ -201,7 +200,7 @@ def detectron2_on_canvas(student: nn.Module, canvas: np.ndarray) -> Detections:
     )
 
 
-def _detections(records: list[dict[str, Any]], label_of: dict[int, int]) -> Detections:
+def detections_from_coco(records: list[dict[str, Any]], label_of: dict[int, int]) -> Detections:
     """COCO results of one image (boxes XYWH) as :class:`Detections`."""
     boxes = np.array([r["bbox"] for r in records], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]

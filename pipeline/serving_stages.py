@@ -8,12 +8,13 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from export.parity import MatchResult, combined, match_detections
 from export.runners import OnnxRuntimeRunner
 from export.signature import Detections, DetectorSignature
-from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable
+from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable, canvases_of
 from pipeline.endpoint import (
     deployed,
     docker_line,
@@ -30,13 +31,16 @@ from pipeline.export_stages import ENGINE, ONNX_MODEL
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import dataset_of
 from serving.client import run_concurrently
-from serving.config import ServingConfig
+from serving.config import BenchmarkConfig, ServingConfig
+from serving.load_generator import closed_loop, measure_in_process, open_loop
 from serving.model_config import InstanceGroup, model_config_for
 from serving.preprocessing import detections_in_image
 from serving.servers import SERVERS, Ports
 
 DEPLOYMENT_FILE = "deployment.json"
 SERVER_LOG = "server.log"
+BENCHMARK_FILE = "benchmark.json"
+SAMPLES_FILE = "latencies_seconds.npz"
 CONCURRENCY = 8
 NUM_GOLDEN_IMAGES = 20
 
@@ -164,6 +168,91 @@ def _matched(
         )
         for a, b in zip(reference, candidate, strict=True)
     )
+
+
+def benchmark(context: StageContext) -> StageResult:
+    """Latency and throughput of the endpoint under closed and open loop, and of ONNX Runtime in process beside it."""
+    config: ServingConfig = context.recipe.sections["serving"]
+    load: BenchmarkConfig = context.recipe.sections["benchmark"]
+    reason = not_executable(config)
+    if reason is not None:
+        return StageResult(facts={"status": "not run", "reason": reason})
+    export_directory = context.inputs["export"].directory
+    signature = DetectorSignature.read(export_directory)
+    dataset = dataset_of(context.inputs["data"], "validation")
+    images = [canvas for _, canvas, _ in canvases_of(dataset, signature, load.num_images)]
+    # Same session options as the server's, before it runs: two sessions at once would share the cores.
+    with OnnxRuntimeRunner(
+        export_directory / ONNX_MODEL, signature, num_threads=config.num_threads, allow_spinning=config.allow_spinning
+    ) as runner:
+        in_process = measure_in_process(
+            runner.run, images, seconds=load.seconds_per_point, warmup_requests=load.warmup_requests
+        )
+    results = {"in_process": in_process}
+    repository = repository_of(config, context.run_dir)
+    with live_endpoint(config, repository, context.directory / SERVER_LOG) as url:
+        closed = []
+        for concurrency in load.concurrencies:
+            result = closed_loop(
+                url,
+                config.model_name,
+                images,
+                concurrency=concurrency,
+                seconds=load.seconds_per_point,
+                warmup_requests=load.warmup_requests,
+                timeout_seconds=config.request_timeout_seconds,
+            )
+            results[f"closed_{concurrency}"] = result
+            closed.append({"concurrency": concurrency, **result.facts()})
+            context.console.print(
+                f"benchmark: concurrency {concurrency}: {result.throughput:.1f} images/s, "
+                f"p50 {result.percentile_ms(50):.1f} ms, p99 {result.percentile_ms(99):.1f} ms"
+            )
+        opened = []
+        for rate in load.rates_for(max(row["throughput"] for row in closed)):
+            result = open_loop(
+                url,
+                config.model_name,
+                images,
+                request_rate=rate,
+                seconds=load.seconds_per_point,
+                seed=load.seed,
+                warmup_requests=load.warmup_requests,
+                timeout_seconds=config.request_timeout_seconds,
+            )
+            results[f"open_{rate:.1f}"] = result
+            opened.append({"request_rate": rate, **result.facts()})
+            context.console.print(f"benchmark: {rate:.1f} requests/s: p99 {result.percentile_ms(99):.1f} ms")
+    np.savez_compressed(
+        context.directory / SAMPLES_FILE, **{name: result.latencies_seconds for name, result in results.items()}
+    )
+    facts = {
+        "status": "measured",
+        "closed_loop": closed,
+        "open_loop": opened,
+        "in_process": in_process.facts(),
+        "serving_overhead_ms": closed[0]["p50_ms"] - in_process.percentile_ms(50),
+        "num_images": len(images),
+        "objective": {"max_p99_ms": load.max_p99_ms},
+    }
+    (context.directory / BENCHMARK_FILE).write_text(json.dumps(facts, indent=1))
+    return StageResult(facts=facts, gates=_load_gates(closed, opened, load))
+
+
+def _load_gates(closed: list[dict[str, Any]], opened: list[dict[str, Any]], load: BenchmarkConfig) -> list[Gate]:
+    failures = sum(row["num_failures"] for row in closed + opened)
+    gates = [Gate(name="failed requests", value=failures, limit=0, passed=failures == 0)]
+    if load.max_p99_ms is not None:
+        p99 = closed[0]["p99_ms"]
+        gates.append(
+            Gate(
+                name=f"p99 latency in ms at concurrency {closed[0]['concurrency']}",
+                value=p99,
+                limit=load.max_p99_ms,
+                passed=p99 <= load.max_p99_ms,
+            )
+        )
+    return gates
 
 
 def serve_in_foreground(run_dir: Path, ports: Ports, console: Console) -> None:

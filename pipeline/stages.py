@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from pipeline.recipe import Recipe
+from pipeline.run import RunSummary
 from pipeline.stage import Stage, StageContext, StageResult
 
 BUILD_ENVIRONMENT = ("torch", "detectron2", "onnx", "onnxruntime")
@@ -104,3 +106,24 @@ STAGES = (
         always=True,
     ),
 )
+
+
+def report_paths(run_dir: Path) -> list[Path]:
+    """The report's files that are there, the one for people first."""
+    return [path for suffix in ("html", "md", "json") if (path := run_dir / "report" / f"report.{suffix}").is_file()]
+
+
+def after_run(run_dir: Path, summary: RunSummary) -> list[str]:
+    """What to tell after a run: what it did, where the report is, how to serve and query the model."""
+    lines = [] if summary.num_built else ["nothing to do: every artifact is up to date and its files verify"]
+    stages = {outcome.stage for outcome in summary.outcomes}
+    if "deploy" in stages:
+        from pipeline.endpoint import deployed
+
+        deployed(run_dir)  # the published version lies outside the artifacts, so it is verified here
+        name = "" if run_dir.name == "embedded" else f" NAME={run_dir.name}"
+        lines.append(f"serve it:   make serve{name}")
+        lines.append("query it:   .venv/bin/python -m pipeline detect IMAGE --draw detections.png")
+    if "report" in stages:
+        lines += [f"report:     {path}" for path in report_paths(run_dir)[:1]]
+    return lines

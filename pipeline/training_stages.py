@@ -68,7 +68,8 @@ def data(context: StageContext) -> StageResult:
 
 def own_datasets(config: DatasetConfig) -> dict[str, CocoDataset]:
     """The user's data set, as the recipe names it."""
-    assert config.train is not None and config.validation is not None  # DatasetConfig has both or neither
+    assert config.train is not None
+    assert config.validation is not None
     return {
         "train": read_coco(Path(config.train), _path(config.train_images)),
         "validation": read_coco(Path(config.validation), _path(config.validation_images)),

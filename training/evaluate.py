@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetMapper, build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from torch import nn
@@ -45,7 +45,6 @@ def evaluate_detector(
         )
         results = inference_on_dataset(detector.eval(), loader, evaluator)
     detector.train(was_training)
-    MetadataCatalog.remove(name)
     box = results["bbox"]
     return {key: _or_zero(box[key]) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
 

@@ -14,12 +14,13 @@ import torch
 from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from training.checkpoint import StudentCheckpointer
@@ -122,6 +123,20 @@ def distilled_detector(student: nn.Module, distiller_config: Any) -> DistilledDe
     return DistilledDetector(student, distiller, distiller_config.schedule())
 
 
+def distributed(detector: nn.Module) -> nn.Module:
+    """The detector for the process group that is initialised; itself when there is one process."""
+    if comm.get_world_size() == 1:
+        return detector
+    device = next(detector.parameters()).device
+    # Batches without objects leave parameters of the teacher without gradients, hence find_unused_parameters.
+    return DistributedDataParallel(
+        detector,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        find_unused_parameters=True,
+    )
+
+
 def num_classes_of(student: nn.Module) -> int:
     """Number of object classes of a stock detector."""
     return student.num_classes if hasattr(student, "num_classes") else student.roi_heads.num_classes
@@ -130,8 +145,7 @@ def num_classes_of(student: nn.Module) -> int:
 def _build_trainer(
     detector: DistilledDetector, config: TrainingConfig, output_directory: Path, run: HookBase
 ) -> tuple[SimpleTrainer, StudentCheckpointer]:
-    # FPN levels that a distiller leaves out have parameters without gradients, hence find_unused_parameters.
-    model = create_ddp_model(detector, broadcast_buffers=False, find_unused_parameters=True)
+    model = distributed(detector)
     optimizer = build_optimizer(detector, config)
     if config.precision == "fp32":
         trainer = SimpleTrainer(model, [], optimizer)

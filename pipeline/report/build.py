@@ -137,7 +137,9 @@ def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, 
         word, stage = "PASS", None
         sentence = f"All {passed} gates passed in {len(STAGE_READS)} stages"
         sentence += f"; {len(not_run)} parts were not run." if not_run else "."
-    return {"status": word, "stage": stage, "sentence": sentence, "not_run": not_run}
+    message = str(failure["message"] or "").strip() if failure else ""
+    detail = message if len(message.splitlines()) > 1 else None
+    return {"status": word, "stage": stage, "sentence": sentence, "detail": detail, "not_run": not_run}
 
 
 def _failed_gates(failed: Sequence[Facts]) -> str:
@@ -188,9 +190,12 @@ def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
     nothing: dict[str, Any] = {}
     reference = next((row for row in rows if row["name"] == report["accuracy"]["reference"]), nothing)
     live = [row for row in rows if row["stage"] == "deploy" and row["AP"] is not None]
-    closed = report["latency"]["closed_loop"]
-    single = next((row for row in closed if row["concurrency"] == 1), nothing)
-    best = max((row for row in closed if row["throughput"]), key=lambda row: row["throughput"], default=nothing)
+    single = report["latency"]["single"] or nothing
+    best = max(
+        (row for row in report["latency"]["closed_loop"] if row["throughput"]),
+        key=lambda row: row["throughput"],
+        default=nothing,
+    )
     return {
         "reference_AP": reference.get("AP"),
         "reference_AP50": reference.get("AP50"),

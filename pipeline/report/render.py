@@ -123,7 +123,7 @@ def text_of(value: object) -> str:
 
 def words(key: object) -> str:
     """A fact's key as words: ``max_p99_ms`` becomes ``max p99 (ms)``."""
-    text = str(key).removeprefix("num_").replace("_", " ")
+    text = "images" if key == "num" else str(key).removeprefix("num_").replace("_", " ")
     for unit in ("ms", "seconds", "pixels", "percent"):
         text = f"{text.removesuffix(f' {unit}')} ({unit})" if text.endswith(f" {unit}") else text
     return text.removesuffix(" bytes")

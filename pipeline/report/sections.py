@@ -95,12 +95,18 @@ def _accuracy_row(
     default = None if name == REFERENCE_ROW else REFERENCE_ROW if name == CANVAS_ROW else CANVAS_ROW
     compared_with = row.get("compared_with", default)
     delta = row.get("delta")
+    held = [
+        pick(gate, ("name", "value", "limit", "status"))
+        for gate in gates
+        if gate["stage"] == stage and name and str(name) in str(gate["name"])
+    ]
+    gate_failed = any(gate["status"] == "failed" for gate in held)
     digest = row.get("digest")
     return {
         "name": name,
         "runner": runner,
         "stage": stage,
-        "status": row.get("status") or NOT_RUN,
+        "status": "failed" if gate_failed else row.get("status") or NOT_RUN,
         "reason": row.get("reason"),
         **pick(row, METRICS),
         "delta_to_reference": None
@@ -111,11 +117,7 @@ def _accuracy_row(
         "digest": digest,
         "size_bytes": row.get("size_bytes", sizes.get(str(digest))),
         "command": row.get("command"),
-        "gates": [
-            pick(gate, ("name", "value", "limit", "status"))
-            for gate in gates
-            if gate["stage"] == stage and name and str(name) in str(gate["name"])
-        ],
+        "gates": held,
     }
 
 
@@ -209,7 +211,7 @@ def parity(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     invariance = [
         {"where": where, **values}
         for where, values in (
-            ("ONNX Runtime, in process", facts.get("batch_invariance")),
+            ("in process", facts.get("batch_invariance")),
             ("live endpoint", deployed.get("batch_invariance")),
         )
         if values
@@ -249,9 +251,11 @@ def latency(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """Closed loop, open loop and the same model in process, so that the serving overhead is a subtraction."""
     facts, head = section("benchmark", manifests, absent)
     in_process = facts.get("in_process")
+    closed = [pick(row, ("concurrency", *LATENCY_KEYS)) for row in facts.get("closed_loop") or []]
     return {
         **head,
-        "closed_loop": [pick(row, ("concurrency", *LATENCY_KEYS)) for row in facts.get("closed_loop") or []],
+        "closed_loop": closed,
+        "single": next((row for row in closed if row["concurrency"] == 1), None),
         "open_loop": [pick(row, ("request_rate", *LATENCY_KEYS)) for row in facts.get("open_loop") or []],
         "in_process": pick(in_process, LATENCY_KEYS) if in_process else None,
         "serving_overhead_ms": facts.get("serving_overhead_ms"),

@@ -88,8 +88,10 @@ def test_boxes_without_area_or_between_the_cells_cover_nothing(labels: Callable[
     assert not object_masks(batch, {"p3": (4, 6)})["p3"].any()
 
 
-def test_padding_covers_nothing(labels: Callable[..., Any]) -> None:
-    batch = _collect([labels([], []), labels([[0, 0, 95, 63]] * 3, [0] * 3)], context_object=False)
+def test_padding_covers_nothing_whatever_its_box_holds() -> None:
+    boxes = torch.tensor([0.0, 0.0, 95.0, 63.0]).expand(1, 2, 4)
+    is_object = torch.tensor([[False, True]])
+    batch = ObjectBatch(boxes=boxes, classes=torch.zeros(1, 2), is_object=is_object, padded_size=SIZE)
     masks = object_masks(batch, {"p3": (8, 12)})["p3"]
-    assert not masks[0, :2].any()
-    assert masks[1].all()
+    assert not masks[0, 0].any()
+    assert masks[0, 1].all()

@@ -1,0 +1,76 @@
+"""Send images to a served detector and show what it finds: a table, JSON lines or pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.table import Table
+
+from export.signature import Detections
+from pipeline.errors import RecipeError
+from pipeline.report.gallery import draw_detections
+from serving.client import TritonRunner, detect_images, served_models
+
+
+def detect_and_show(
+    images: list[Path],
+    *,
+    url: str,
+    model: str | None,
+    min_score: float,
+    as_json: bool,
+    draw: Path | None,
+    console: Console,
+) -> None:
+    """Detect on each image and print a table, or a JSON line; with ``draw``, write pictures too.
+
+    Args:
+        draw: a file for one image; a folder, which is created, for several.
+    """
+    if draw is not None and len(images) > 1 and draw.suffix:
+        raise RecipeError(f"--draw {draw} is one file but there are {len(images)} images; give a folder")
+    with TritonRunner(url, model or _only_model(url)) as runner:
+        names = runner.signature.class_names
+        for path, found in detect_images(runner, images):
+            shown = found.above(min_score)
+            if as_json:
+                console.print_json(json.dumps(_record(path, shown, names)), indent=None)
+            else:
+                console.print(_table(path, shown, names))
+            if draw is not None:
+                target = draw / f"{path.stem}.png" if len(images) > 1 else draw
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with Image.open(path) as picture:
+                    upright = ImageOps.exif_transpose(picture).convert("RGB")
+                draw_detections(upright, shown.boxes, shown.labels, shown.scores, names).save(target)
+                if not as_json:
+                    console.print(f"drawn: {target}")
+
+
+def _only_model(url: str) -> str:
+    models = served_models(url)
+    if len(models) != 1:
+        raise RecipeError(f"the server at {url} serves {', '.join(models) or 'no model'}; name one with --model")
+    return models[0]
+
+
+def _record(path: Path, found: Detections, names: tuple[str, ...]) -> dict[str, object]:
+    return {
+        "image": str(path),
+        "detections": [
+            {"class": names[label], "score": round(float(score), 4), "box": [round(float(edge), 2) for edge in box]}
+            for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True)
+        ],
+    }
+
+
+def _table(path: Path, found: Detections, names: tuple[str, ...]) -> Table:
+    table = Table(title=f"{path}: {len(found)} detections", title_justify="left")
+    for column in ("class", "score", "x1", "y1", "x2", "y2"):
+        table.add_column(column, justify="left" if column == "class" else "right")
+    for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+        table.add_row(names[label], f"{score:.2f}", *(f"{edge:.1f}" for edge in box))
+    return table

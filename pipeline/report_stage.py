@@ -1,0 +1,80 @@
+"""The stage that writes the report from whatever the others left."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.signature import Detections
+from pipeline import environment
+from pipeline.accuracy import detections_file, detections_from_coco
+from pipeline.report import GalleryImage, build_report, write_report
+from pipeline.stage import StageContext, StageResult
+from pipeline.status import read_failure
+from pipeline.training_stages import dataset_of
+from training.dataset import CocoDataset, detectron2_dicts
+
+NUM_GALLERY_IMAGES = 12
+
+
+def report(context: StageContext) -> StageResult:
+    """Write report.json, report.md and report.html."""
+    manifests = {name: dataclasses.asdict(artifact.manifest) for name, artifact in context.inputs.items()}
+    failure = read_failure(context.run_dir)
+    content = build_report(
+        context.run_dir,
+        manifests=manifests,
+        failure=failure if failure and failure["stage"] != "report" else None,
+        recipe_name=context.recipe.name,
+        environment=environment.facts(),
+        gallery=_gallery(context),
+    )
+    write_report(content, context.directory)
+    return StageResult()
+
+
+def _gallery(context: StageContext) -> list[GalleryImage]:
+    """Validation images spread over the set, with the detections of the first and of the last row that has any."""
+    if "data" not in context.inputs or "validate" not in context.inputs:
+        return []
+    rows = [
+        (artifact, row["name"])
+        for name in ("validate", "deploy")
+        if (artifact := context.inputs.get(name)) is not None
+        for row in artifact.manifest.facts.get("rows", [])
+        if row["status"] != "not run"
+    ]
+    dataset = dataset_of(context.inputs["data"], "validation")
+    found = {
+        name: _detections_by_image(artifact.path(detections_file(name)), dataset)
+        for artifact, name in (rows[0], rows[-1])
+    }
+    records = [record for record in detectron2_dicts(dataset) if record["annotations"]]
+    step = max(1, len(records) // NUM_GALLERY_IMAGES)
+    return [_gallery_image(record, found) for record in records[::step][:NUM_GALLERY_IMAGES]]
+
+
+def _gallery_image(record: dict[str, Any], found: dict[str, dict[int, Detections]]) -> GalleryImage:
+    objects = [a for a in record["annotations"] if not a["iscrowd"]]
+    boxes = np.array([a["bbox"] for a in objects], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    nothing = Detections(boxes=np.zeros((0, 4), np.float32), scores=np.zeros(0), labels=np.zeros(0, np.int32))
+    return GalleryImage(
+        image_id=record["image_id"],
+        image=Path(record["file_name"]),
+        boxes=boxes,
+        labels=np.array([a["category_id"] for a in objects], np.int32),
+        detections={name: by_image.get(record["image_id"], nothing) for name, by_image in found.items()},
+    )
+
+
+def _detections_by_image(path: Path, dataset: CocoDataset) -> dict[int, Detections]:
+    label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
+    records: dict[int, list[dict[str, Any]]] = {}
+    for record in json.loads(path.read_text()):
+        records.setdefault(record["image_id"], []).append(record)
+    return {image_id: detections_from_coco(items, label_of) for image_id, items in records.items()}
