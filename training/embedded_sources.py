@@ -4,8 +4,8 @@ The files lie inside two installed packages and are read as data; neither packag
 not installed). A split owns whole poses: where a sprite exists in several colours or with an outline, all of these are
 on the same side, and mirrored poses (both climbing frames, say) are never divided, because images are flipped.
 
-Licences: arcade's sprites are CC0, by Kenney (www.kenney.nl). The photos are public domain or CC0 as scikit-image's
-documentation states for each; NOTICE names them one by one.
+Licences: arcade's sprites are CC0, by Kenney (www.kenney.nl). The photos are CC0, in the public domain or
+without known copyright restrictions, as scikit-image's documentation states for each; NOTICE names them one by one.
 """
 
 from __future__ import annotations
