@@ -26,9 +26,9 @@ CLASS_NAMES = tuple(entry.name for entry in sources.SPRITE_CLASSES)
 
 _IMAGE_SIZES = ((256, 192), (192, 256), (256, 224), (224, 256), (224, 224), (256, 160), (256, 256), (240, 180))
 # Square root of the box area in pixels: from, below, cumulative share. Small objects are most of what there is to find.
-_SIZE_BANDS = ((9, 16, 0.20), (16, 30, 0.52), (30, 60, 0.85), (60, 140, 1.0))
+_SIZE_BANDS = ((9, 16, 0.12), (16, 30, 0.36), (30, 64, 0.82), (64, 140, 1.0))
 _EMPTY_SHARE, _CROWD_SHARE = 0.03, 0.04
-_MIN_VISIBLE_SHARE = 0.4  # of the pixels an object has in the image; more covered than this, nobody could label it
+_MIN_VISIBLE_SHARE = 0.5  # of the pixels an object has in the image; more covered than this, nobody could label it
 _MIN_INSIDE_SHARE = 0.7  # of the pixels an object would have without the image's border
 _MIN_SIDE_PIXELS, _MAX_SIDE_PIXELS = 4, 150
 _PLACEMENT_TRIALS = 6
@@ -103,7 +103,7 @@ def compose_image(split: str, index: int, seed: int) -> tuple[Image.Image, list[
     random = np.random.RandomState([seed % 2**32, sources.SPLITS.index(split), index])
     scene = _Scene(canvas=_background(random, split), placed=[])
     kind = random.random_sample()
-    for _ in range(random.randint(0, 4)):
+    for _ in range(random.randint(0, 3)):
         _paste_clutter(scene, random, split)
     if kind >= _EMPTY_SHARE:
         if kind < _EMPTY_SHARE + _CROWD_SHARE:
@@ -153,7 +153,7 @@ def _background(random: np.random.RandomState, split: str) -> Image.Image:
         crop = photo.resize(size, Image.Resampling.BILINEAR, box=(left, top, left + width, top + height))
         if random.randint(2):
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        layers.append(_jittered_colours(crop, random, 0.6))
+        layers.append(_jittered_colours(crop, random, 0.4))
     return layers[0] if len(layers) == 1 else Image.blend(layers[0], layers[1], 0.25 + 0.5 * random.random_sample())
 
 
@@ -181,7 +181,7 @@ def _drawn_sprite(path: Path, size: float, max_rotation: int, random: np.random.
             int(random.randint(-max_rotation, max_rotation + 1)), Image.Resampling.BICUBIC, expand=True
         )
     alpha = sprite.getchannel("A")
-    coloured = _jittered_colours(sprite.convert("RGB"), random, 0.45)
+    coloured = _jittered_colours(sprite.convert("RGB"), random, 0.2)
     if random.random_sample() < 0.2:
         coloured = coloured.filter(ImageFilter.GaussianBlur(0.5 + random.random_sample()))
     coloured.putalpha(alpha)
@@ -268,13 +268,13 @@ def _paste_clutter(scene: _Scene, random: np.random.RandomState, split: str) -> 
 
 def _as_photographed(canvas: Image.Image, random: np.random.RandomState) -> Image.Image:
     """Uneven light, at times a slight blur, and sensor noise."""
-    low, high = 150 + random.randint(0, 106), 150 + random.randint(0, 106)
+    low, high = 170 + random.randint(0, 86), 170 + random.randint(0, 86)
     shade = Image.linear_gradient("L").point([low + (high - low) * level // 255 for level in range(256)])
     shade = shade.rotate(90 * random.randint(4)).resize(canvas.size, Image.Resampling.BILINEAR)
     canvas = ImageChops.multiply(canvas, Image.merge("RGB", (shade, shade, shade)))
     if random.random_sample() < 0.25:
         canvas = canvas.filter(ImageFilter.GaussianBlur(0.4 + 0.5 * random.random_sample()))
-    amplitude = random.randint(2, 14)
+    amplitude = random.randint(1, 8)
     pixels = np.asarray(canvas).astype(np.int16)
     noise = random.randint(-amplitude, amplitude + 1, size=(2, *pixels.shape), dtype=np.int16)
     return Image.fromarray(np.clip(pixels + noise[0] + noise[1], 0, 255).astype(np.uint8))

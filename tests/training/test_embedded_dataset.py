@@ -19,7 +19,7 @@ from training.dataset import check_readable, check_same_classes, read_coco
 from training.embedded_dataset import CLASS_NAMES, compose_image, generate
 
 # Of the composed pixels and annotations with the locked versions of numpy, Pillow, scikit-image and arcade.
-GOLDEN_DIGEST = "e20548a9882dbc124b205ac375522d300d92e87808b6fd0048b1260fb23a36bd"
+GOLDEN_DIGEST = "01746e078b1cdc2a8ce8373a8a10848903a6357b298eb54cdedea6c4f90a54da"
 
 
 @pytest.fixture(scope="module")
