@@ -40,8 +40,14 @@ def canvases(height: int, width: int, num_images: int, seed: int = 0) -> list[np
 
 
 def calibrated_retinanet(seed: int = 0) -> RetinaNet:
-    """The tiny RetinaNet with its head scaled so that hundreds of boxes of varied score and shape pass the threshold."""
+    """The tiny RetinaNet with random weights that detect."""
     detector = build_tiny_retinanet(num_classes=len(CLASS_NAMES), seed=seed)
+    calibrate(detector)
+    return detector
+
+
+def calibrate(detector: RetinaNet) -> None:
+    """Scale the head so that hundreds of boxes of varied score and shape pass the threshold."""
     images = torch.from_numpy(np.stack(canvases(256, 256, 4, seed=1))).float()
     with torch.no_grad():
         features = detector.backbone((images - detector.pixel_mean) / detector.pixel_std)
@@ -53,7 +59,6 @@ def calibrated_retinanet(seed: int = 0) -> RetinaNet:
         logits = torch.cat([x.flatten(1) for x in detector.head(features)[0]], dim=1)
         passing = logits.sort(dim=1, descending=True).values[:, 600].mean()
         detector.head.cls_score.bias.fill_(float(torch.logit(torch.tensor(detector.test_score_thresh)) - passing))
-    return detector
 
 
 def signature_for(detector: RetinaNet, height: int, width: int) -> DetectorSignature:

@@ -20,9 +20,11 @@ from export.parity import MatchResult, combined, match_detections
 from export.runners import OnnxRuntimeRunner, Runner, TorchRunner
 from export.signature import Detections
 from export.targets.onnx_target import export_onnx
+from tests.conftest import build_tiny_retinanet
 from tests.export.conftest import (
     CLASS_NAMES,
     Exported,
+    calibrate,
     calibrated_retinanet,
     canvases,
     detectron2_detections,
@@ -77,7 +79,7 @@ def test_other_delta_weights_and_fewer_candidates_than_the_levels_hold_match() -
     references = [detectron2_detections(detector, image) for image in images]
     result = matched(TorchRunner(detector_graph(detector, signature), signature), images, references)
     assert result.num_unmatched == 0, result
-    assert result.num_matched > 100
+    assert result.num_matched > 50
 
 
 def _mean_doubled(graph: RetinaNetGraph) -> None:
@@ -122,7 +124,7 @@ def test_a_broken_graph_does_not_match(fault: Callable[[RetinaNetGraph], None]) 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "tf_efficientnet_lite0"])
 def test_a_timm_backbone_exports_with_its_batch_norm_folded_and_matches(name: str, tmp_path: Path) -> None:
-    detector = calibrated_retinanet()
+    detector = build_tiny_retinanet(num_classes=len(CLASS_NAMES))
     body = TimmBackbone(name=name)
     channels = detector.head.cls_score.in_channels
     detector.backbone = FPN(
@@ -131,7 +133,7 @@ def test_a_timm_backbone_exports_with_its_batch_norm_folded_and_matches(name: st
         out_channels=channels,
         top_block=LastLevelP6P7(body.output_shape()["res5"].channels, channels),
     ).eval()
-    detector.head.cls_score.bias.data.fill_(-2.9)
+    calibrate(detector)
     signature = signature_for(detector, 128, 192)
     facts = export_onnx(detector_graph(detector, signature), signature, tmp_path / "model.onnx")
     assert "BatchNormalization" not in facts.ops
@@ -168,7 +170,7 @@ def test_a_detector_without_a_rule_is_refused_with_the_families_that_have_one() 
 def test_a_canvas_that_the_stride_does_not_divide_is_refused_with_the_nearest_that_it_does(
     tiny_retinanet: RetinaNet,
 ) -> None:
-    with pytest.raises(UnsupportedDetector, match="250 x 256 is not divisible by 32.*256 x 256"):
+    with pytest.raises(UnsupportedDetector, match=r"250 x 256 is not divisible by 32.*256 x 256"):
         detector_graph(tiny_retinanet, signature_for(tiny_retinanet, 250, 256))
 
 

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+import pytest
+
+from export.config import ExportConfig
+
+
+def test_lists_and_numbers_of_an_override_become_the_declared_types() -> None:
+    config = ExportConfig(canvas=[320, 256.0], compute_capabilities=[75, "120"], max_edge_pixels=320)  # type: ignore[arg-type]
+    assert config.canvas == (320, 256)
+    assert config.compute_capabilities == ("75", "120")
+    assert hash(config) == hash(
+        ExportConfig(canvas=(320, 256), compute_capabilities=("75", "120"), max_edge_pixels=320)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"canvas": (256,)}, r"export\.canvas is \(256,\)"),
+        ({"canvas": (0, 256)}, r"export\.canvas"),
+        ({"short_edge_pixels": 400}, "1 <= short edge <= max edge"),
+        ({"max_batch_size": 0}, "expected at least 1"),
+    ],
+)
+def test_nonsense_is_refused_by_name(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ExportConfig(**values)  # type: ignore[arg-type]
