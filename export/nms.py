@@ -6,11 +6,11 @@ until R are kept. Candidates are taken in windows of W, the best that remain. In
 prefix that a round leaves unchanged is final. What is final is taken out, and the loop ends when every image has R
 boxes or nothing left: the cost follows the scene and not R.
 
-Measured in ONNX Runtime on one CPU core, R = 100, one image, against a loop of one pick an iteration: 0.18 against 1.9 ms
-with 100 boxes above the threshold of C = 4500, 0.35 against 3.9 with 400, 0.36 against 7.9 with 4500 on 20 objects; the
-other way round, 6.8 against 3.7, only with 4500 crowded within a pixel on 3 objects. A C x C matrix would be 20 million
-IoUs. One Loop, 135 nodes. TensorRT limits a top-k to 3840, hence windows of what remains instead of one sort of all, and
-has no float32 matrix product on Turing, hence ``any`` instead of a product with the mask.
+Measured in ONNX Runtime on one CPU core, R = 100, one image, against a loop of one pick an iteration: 0.18 against
+1.9 ms with 100 boxes above the threshold of C = 4500, 0.35 against 3.9 with 400, 0.36 against 7.9 with 4500 on 20
+objects; the other way round, 6.8 against 3.7, only with 4500 crowded within a pixel on 3 objects. A C x C matrix would
+be 20 million IoUs. One Loop, 135 nodes. TensorRT limits a top-k to 3840, hence windows of what remains and not one sort
+of all, and has no float32 matrix product on Turing, hence ``any`` and not a product with the mask.
 
 Shape legend: N images, C candidates, R detection slots, W the window.
 """
