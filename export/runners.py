@@ -43,6 +43,7 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Free what the runner holds."""
+        ...
 
     def __enter__(self) -> Self:
         return self
@@ -67,6 +68,9 @@ class TorchRunner(Runner):
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             outputs = self._graph(torch.from_numpy(images).to(self._device))
         return detections_from_outputs([output.cpu().numpy() for output in outputs])
+
+    def close(self) -> None:
+        """Nothing to free: the graph is the caller's."""
 
 
 class OnnxRuntimeRunner(Runner):
