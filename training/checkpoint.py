@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import nn
+from torch import Tensor, nn
 
 FINAL_CHECKPOINT = "model_final.pth"
 
@@ -78,11 +78,24 @@ def load_student(student: nn.Module, path: Path) -> nn.Module:
     Raises:
         CheckpointDamaged: keys or shapes differ from the detector's.
     """
-    state = read_checkpoint(path).get("model")
+    return load_strictly(student, student_state(read_checkpoint(path), path), path).eval()
+
+
+def student_state(checkpoint: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """The student's part of a checkpoint; ``path`` is for the message."""
+    state = checkpoint.get("model")
     if not isinstance(state, dict):
-        raise CheckpointDamaged(f"{path} has no entry 'model'; a student checkpoint is {{'model': state dict}}")
+        raise CheckpointDamaged(
+            f"{path} has no entry 'model', so there is no student in it; a student checkpoint is "
+            "{'model': state dict}. Train again with --force"
+        )
+    return state
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], path: Path) -> nn.Module:
+    """``load_state_dict`` with the file in the message when keys or shapes differ."""
     try:
-        student.load_state_dict(state, strict=True)
+        module.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise CheckpointDamaged(f"{path} does not fit the recipe's model: {error}") from error
-    return student.eval()
+    return module

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.checkpoint import CheckpointDamaged, load_student, read_checkpoint, write_atomically
+from training.checkpoint import load_strictly, load_student, read_checkpoint, student_state, write_atomically
 from training.distilled_detector import DistilledDetector
 from training.schedule import DistillationSchedule
 
@@ -71,18 +71,17 @@ def strip(
         CheckpointDamaged: the checkpoint lacks the student or does not fit the detector.
     """
     content = read_checkpoint(checkpoint)
-    if not isinstance(content.get("model"), dict):
-        raise CheckpointDamaged(f"{checkpoint} has no entry 'model', so there is no student to keep; train again")
     # Training works in channels-last; what ships is laid out as any other checkpoint.
-    trained: dict[str, Tensor] = {key: tensor.contiguous() for key, tensor in content["model"].items()}
+    trained: dict[str, Tensor] = {
+        key: tensor.contiguous() for key, tensor in student_state(content, checkpoint).items()
+    }
     removed: dict[str, Tensor] = content.get("distiller", {})
     write_atomically({"model": trained}, student_checkpoint)
 
     keys_are_stock = set(student.state_dict()) == set(trained)
-    training_student = copy.deepcopy(student)
-    training_student.load_state_dict(trained)
-    distiller.load_state_dict(removed)
-    training_module = DistilledDetector(training_student, distiller, DistillationSchedule()).eval()
+    unstripped = load_strictly(copy.deepcopy(student), trained, checkpoint)
+    load_strictly(distiller, removed, checkpoint)
+    training_module = DistilledDetector(unstripped, distiller, DistillationSchedule()).eval()
     stripped = load_student(student, student_checkpoint)
     shipped = read_checkpoint(student_checkpoint)["model"]
     digests = _digests(removed.values())

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_tiny_retinanet
+
+from training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
+from training.config import TrainingConfig
+from training.dataset import CocoDataset, read_coco
+from training.distillers import LgdConfig, NoDistillerConfig
+from training.embedded_dataset import generate
+from training.optimization import learning_rate_factor
+from training.train import METRICS_FILE, TrainingResult, train
+
+LGD = LgdConfig(distill_from_iter=1, freeze_backbone_until_iter=0, num_heads=4)
+
+
+def config(max_iter: int = 4, **changes: object) -> TrainingConfig:
+    values: dict = {
+        "max_iter": max_iter,
+        "images_per_batch": 2,
+        "learning_rate": 1e-3,
+        "warmup_iters": 0,
+        "short_edge_pixels": (96,),
+        "max_edge_pixels": 128,
+        "skip_empty_images": False,
+        "num_workers": 0,
+        "checkpoint_period_iters": 2,
+        "log_period_iters": 1,
+        "evaluate_at": (),
+        "device": "cpu",
+    }
+    return TrainingConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CocoDataset]:
+    train_file, validation_file = generate(tmp_path_factory.mktemp("data"), num_train=6, num_validation=3)
+    return {"train_set": read_coco(train_file), "validation_set": read_coco(validation_file)}
+
+
+def run(
+    directory: Path, datasets: dict[str, CocoDataset], settings: TrainingConfig, distiller: object = LGD
+) -> TrainingResult:
+    student = build_tiny_retinanet(num_classes=len(datasets["train_set"].class_names))
+    return train(student, distiller, settings, output_directory=directory, **datasets)
+
+
+def test_the_checkpoint_holds_the_student_under_its_stock_keys_and_the_distiller_apart(
+    tmp_path: Path, datasets: dict[str, CocoDataset]
+) -> None:
+    result = run(tmp_path, datasets, config())
+    checkpoint = read_checkpoint(tmp_path / FINAL_CHECKPOINT)
+    stock = build_tiny_retinanet(num_classes=len(datasets["train_set"].class_names))
+    assert set(checkpoint["model"]) == set(stock.state_dict())
+    assert set(checkpoint) >= {"model", "distiller", "trainer", "iteration"}
+    assert result.num_parameters["student"] == sum(p.numel() for p in stock.parameters())
+    moved = {k for k, v in checkpoint["model"].items() if not torch.equal(v, stock.state_dict()[k])}
+    assert any(key.startswith("head.") for key in moved)
+
+
+def test_a_call_on_a_directory_with_checkpoints_goes_on_from_the_last(
+    tmp_path: Path, datasets: dict[str, CocoDataset]
+) -> None:
+    run(tmp_path, datasets, config(3))
+    (tmp_path / FINAL_CHECKPOINT).with_suffix(".partial").write_bytes(b"half a checkpoint")
+    with (tmp_path / METRICS_FILE).open("a") as stream:
+        stream.write('{"iteration": 3, "total_loss": 1.0}\n{"iteration": 4, "tot')  # logged, then killed
+    result = run(tmp_path, datasets, config(6))
+    iterations = [json.loads(line)["iteration"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    assert result.num_resumed == 1
+    assert [iterations.count(i) for i in range(6)] == [1] * 6
+    assert read_checkpoint(tmp_path / FINAL_CHECKPOINT)["iteration"] == 5
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+    first = run(tmp_path, datasets, config(evaluate_at=(0.0, 1.0)))
+    before = (tmp_path / FINAL_CHECKPOINT).read_bytes()
+    again = run(tmp_path, datasets, config(evaluate_at=(0.0, 1.0)))
+    assert (tmp_path / FINAL_CHECKPOINT).read_bytes() == before
+    assert again.ap_curve == first.ap_curve
+    assert [(point["iteration"], point["fraction"]) for point in first.ap_curve] == [(0, 0.0), (4, 1.0)]
+
+
+def test_the_same_seed_trains_the_same_student(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, datasets, config(2))
+    a, b = (read_checkpoint(tmp_path / name / FINAL_CHECKPOINT)["model"] for name in ("a", "b"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(
+    tmp_path: Path, datasets: dict[str, CocoDataset]
+) -> None:
+    wild = config(50, learning_rate=1e12, clip_gradient_value=None, checkpoint_period_iters=1)
+    with pytest.raises(FloatingPointError, match="iteration="):
+        run(tmp_path, datasets, wild, NoDistillerConfig())
+
+
+def test_warm_up_leads_into_the_schedule() -> None:
+    cosine = learning_rate_factor(config(100, lr_schedule="cosine", warmup_iters=10))
+    assert cosine(0.0) == pytest.approx(1e-3)
+    assert cosine(0.05) == pytest.approx(0.5, abs=0.02)
+    assert cosine(0.1) == pytest.approx(0.975, abs=0.01)
+    assert cosine(0.999) < 1e-3
+    steps = learning_rate_factor(config(100, lr_schedule="multistep", lr_decay_iters=(60, 80), warmup_iters=0))
+    assert [steps(x) for x in (0.0, 0.59, 0.61, 0.81)] == pytest.approx([1, 1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_iter": 0}, "training.max_iter is 0, expected at least 1"),
+        ({"learning_rate": -1.0}, "training.learning_rate is -1.0, expected more than 0"),
+        ({"evaluate_at": (2.0,)}, "expected fractions from 0 to 1"),
+        ({"short_edge_pixels": (400,)}, "none above training.max_edge_pixels = 128"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**change)
