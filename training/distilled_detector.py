@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from training.detection_losses import (
     detection_losses,
+    distilled_levels,
     loss_normalizer,
     same_loss_normalizer,
     set_loss_normalizer,
@@ -52,7 +53,7 @@ class DistilledDetector(nn.Module):
                 return detection_losses(student, images, {**features, **teacher_features}, gt_instances)
 
         losses |= self.distiller(
-            features=features,
+            features={level: features[level] for level in distilled_levels(student)},
             gt_instances=gt_instances,
             padded_size=tuple(images.tensor.shape[-2:]),
             distill=self.schedule.phase(self.iteration).distill,
