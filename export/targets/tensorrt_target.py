@@ -126,8 +126,8 @@ def build_engine(
     """
     if precision not in PRECISIONS:
         raise UnsupportedEngine(
-            f"engine: export.precision is {precision!r}; supported: {', '.join(PRECISIONS)}. The precision of an engine "
-            "is that of its ONNX file, which is float32."
+            f"engine: export.precision is {precision!r}; supported: {', '.join(PRECISIONS)}. An engine has the "
+            "precision of its ONNX file, which is float32."
         )
     trt = load_tensorrt()
     logger = quiet_logger(trt)
