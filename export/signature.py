@@ -1,7 +1,8 @@
 """The input and output promise of an exported detector, as data.
 
-Everything that has to agree with the graph derives from :class:`DetectorSignature`: ``config.pbtxt``, TensorRT profiles,
-the client's preprocessing and the parity harness. Only numpy is imported here, because serving runs without torch.
+Everything that has to agree with the graph derives from :class:`DetectorSignature`: ``config.pbtxt``, TensorRT
+profiles, the client's preprocessing and the parity harness. Only numpy is imported here, because serving runs without
+torch.
 
 Shape legend: N images, R detection slots an image, H x W the canvas.
 """
@@ -47,9 +48,9 @@ class Detections:
 class DetectorSignature:
     """What goes into an exported detector and what comes out.
 
-    The input is ``input_name``: uint8 (N, 3, H, W), an image resized so that its shortest edge is ``short_edge_pixels``
-    unless its longest would pass ``max_edge_pixels``, in ``channel_order``, top-left on the canvas, the rest filled with
-    ``pad_value``. Mean and standard deviation are inside the graph.
+    The input is ``input_name``: uint8 (N, 3, H, W), an image resized so that its shortest edge is
+    ``short_edge_pixels`` unless its longest would pass ``max_edge_pixels``, in ``channel_order``, top-left on the
+    canvas, the rest filled with ``pad_value``. Mean and standard deviation are inside the graph.
 
     The outputs are ``num_detections`` (N, 1) int32, ``boxes`` (N, R, 4) float32 xyxy canvas pixels, ``scores`` (N, R)
     float32 descending, ``labels`` (N, R) int32; slots from ``num_detections`` on are zero.
@@ -119,7 +120,7 @@ class DetectorSignature:
             raise ValueError(f"{self.input_name}: found dtype {images.dtype}, expected uint8")
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(
-                f"{self.input_name}: found shape {images.shape}, expected (N, {', '.join(map(str, self.image_shape))}); "
+                f"{self.input_name}: found shape {images.shape}, expected (N, {str(self.image_shape)[1:]}; "
                 "resize and pad with serving.preprocessing.canvas_from_image"
             )
         if not 1 <= len(images) <= self.max_batch_size:

@@ -10,7 +10,7 @@ SUPPORTED = ((3, 11), (3, 12))
 def problems():
     """What is missing, one sentence each, with what to do."""
     version = sys.version_info[:2]
-    name = "%d.%d" % version
+    name = f"{version[0]}.{version[1]}"
     if version not in SUPPORTED:
         yield (
             f"Python {name} is not supported, expected 3.11 or 3.12: the pinned wheels and Triton's Python backend are "
@@ -18,7 +18,10 @@ def problems():
         )
         return
     if sys.platform != "linux" or platform.machine() != "x86_64":
-        yield f"{sys.platform} on {platform.machine()} is not supported, expected Linux on x86_64: tritonserver is built for it."
+        yield (
+            f"{sys.platform} on {platform.machine()} is not supported, expected Linux on x86_64: tritonserver is built "
+            "for it."
+        )
     library = f"libpython{name}.so.1.0"
     try:
         ctypes.CDLL(library)
@@ -28,10 +31,13 @@ def problems():
             f"Install it: apt-get install -y libpython{name} (as root; on Fedora: dnf install python{name}-libs)."
         )
     try:
-        import venv  # noqa: F401
         import ensurepip  # noqa: F401
+        import venv  # noqa: F401
     except ImportError:
-        yield f"Python {name} cannot make virtual environments. Install it: apt-get install -y python{name}-venv (as root)."
+        yield (
+            f"Python {name} cannot make virtual environments. Install what it lacks: apt-get install -y "
+            f"python{name}-venv (as root)."
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The whole pipeline on a tiny recipe: the real detectron2, ONNX Runtime, TensorRT-RTX builder, tritonserver and gRPC."""
+"""The whole pipeline on a tiny recipe, with the real detectron2, ONNX Runtime, TensorRT-RTX, tritonserver and gRPC."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ class TimmBackbone(Backbone):
                 module.requires_grad_(False)
 
     def _freeze_up_to(self, stage_index: int) -> None:
-        """Freeze every parameter that is registered no later than the stage's last one: forward order in timm models."""
+        """Freeze every parameter registered no later than the stage's last one; timm registers in forward order."""
         last_module = self.body.feature_info.module_name(stage_index)
         names = [name for name, _ in self.body.named_parameters()]
         last = max(i for i, name in enumerate(names) if name.startswith(f"{last_module}."))
