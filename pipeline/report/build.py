@@ -68,13 +68,14 @@ def build_report(
         "deployment": sections.deployment(manifests, absent),
         "latency": sections.latency(manifests, absent),
         "gallery": draw_gallery(gallery, data["class_names"]),
-        "lineage": _lineage(manifests, absent, gates, failure),
+        "lineage": [],
         "environment": {
             "machine": _flat({key: value for key, value in environment.items() if key != "versions"}),
             "versions": _flat(environment.get("versions") or {}),
         },
         "commands": _commands(manifests, accuracy),
     }
+    report["lineage"] = _lineage(manifests, absent, report)
     report["verdict"] = _verdict(report, absent)
     report["headline"] = _headline(report)
     plain_report: dict[str, Any] = plain(report)
@@ -120,6 +121,7 @@ def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, 
     """PASS, FAIL or INCOMPLETE in one sentence, and what was not run with its reason."""
     gates, failure = report["gates"], report["failure"]
     failed = [gate for gate in gates if gate["status"] == "failed"]
+    failed_rows = [row for row in report["accuracy"]["rows"] if row["status"] == "failed"]
     passed = sum(gate["status"] == "passed" for gate in gates)
     not_run = _not_run(report, absent)
     if failed:
@@ -130,12 +132,16 @@ def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, 
     elif failure:
         word, stage = "FAIL", failure["stage"]
         sentence = f"Stage {stage} stopped with {failure['type']}: {first_line(failure['message'])}"
+    elif failed_rows:
+        word, stage = "FAIL", failed_rows[0]["stage"]
+        sentence = f"Accuracy of {failed_rows[0]['name']} failed: {failed_rows[0]['reason'] or 'no reason recorded'}"
     elif absent:
         word, stage = "INCOMPLETE", None
         sentence = f"All {passed} gates that ran passed, but {_listed(list(absent))} did not run."
     else:
         word, stage = "PASS", None
-        sentence = f"All {passed} gates passed in {len(STAGE_READS)} stages"
+        num_stages = sum(stage["status"] == "passed" for stage in report["lineage"])
+        sentence = f"All {passed} gates passed in {num_stages} stages"
         sentence += f"; {len(not_run)} parts were not run." if not_run else "."
     message = str(failure["message"] or "").strip() if failure else ""
     detail = message if len(message.splitlines()) > 1 else None
@@ -168,7 +174,8 @@ def _listed(words: Sequence[str]) -> str:
 
 def _not_run(report: Mapping[str, Any], absent: Mapping[str, str]) -> list[dict[str, str]]:
     """Everything this machine or this run did not execute, so that silence is never read as a pass."""
-    found = [(f"stage {stage}", reason) for stage, reason in absent.items()]
+    stopped = report["failure"]["stage"] if report["failure"] else None  # the verdict's sentence is about this one
+    found = [(f"stage {stage}", reason) for stage, reason in absent.items() if stage != stopped]
     engine, container = report["engine"], report["deployment"]["container"]
     if "engine" not in absent and engine["status"] == NOT_RUN:
         found.append(("TensorRT engine", engine["reason"]))
@@ -213,21 +220,22 @@ def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _lineage(
-    manifests: Manifests, absent: Mapping[str, str], gates: Sequence[Facts], failure: Facts | None
-) -> list[dict[str, Any]]:
+def _lineage(manifests: Manifests, absent: Mapping[str, str], report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    failed = {gate["stage"] for gate in report["gates"] if gate["status"] == "failed"}
+    failed |= {report["failure"]["stage"]} if report["failure"] else set()
+    skipped = dict(absent)
+    if report["engine"]["status"] == NOT_RUN:
+        skipped["engine"] = report["engine"]["reason"]  # a manifest that says that nothing was built is no pass
     stages = []
     for stage, reads in STAGE_READS.items():
         manifest = manifests.get(stage) or {}
-        gate_failed = any(gate["stage"] == stage and gate["status"] == "failed" for gate in gates)
-        stopped = failure is not None and failure.get("stage") == stage
-        status = "failed" if gate_failed or stopped else NOT_RUN if stage in absent else "passed"
+        status = "failed" if stage in failed else NOT_RUN if stage in skipped else "passed"
         stages.append(
             {
                 "stage": stage,
                 "reads": list(reads),
                 "status": status,
-                "reason": absent.get(stage),
+                "reason": skipped.get(stage),
                 **sections.pick(manifest, ("fingerprint", "seconds", "command")),
                 "inputs": _flat(manifest.get("inputs") or {}),
                 "files": sections.files_of(manifest),

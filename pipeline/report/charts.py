@@ -200,7 +200,7 @@ def _per_class(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lineage(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
-    width, height = 0.8, 0.62
+    width, height = 0.84, 0.62
     for stage in stages:
         x, y = _PLACES[stage["stage"]]
         for source in stage["reads"]:

@@ -53,6 +53,7 @@ def _environment() -> jinja2.Environment:
         "text": text_of,
         "cell": cell,
         "words": words,
+        "fact": lambda value, key: fact(key, value),
         "moment": moment,
     }
     return environment
@@ -117,8 +118,13 @@ def text_of(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(text_of(item) for item in value) or MISSING
     if isinstance(value, Mapping):
-        return ", ".join(f"{words(key)} {text_of(item)}" for key, item in value.items()) or MISSING
+        return ", ".join(f"{words(key)} {fact(key, item)}" for key, item in value.items()) or MISSING
     return value_text(value)
+
+
+def fact(key: object, value: object) -> str:
+    """A fact's value as words; a size where its name says bytes."""
+    return size(value) if str(key).endswith("_bytes") else text_of(value)
 
 
 def words(key: object) -> str:

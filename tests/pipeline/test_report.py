@@ -183,6 +183,8 @@ def test_a_crash_in_any_stage_still_gives_a_complete_report(stage: str, manifest
     failure = {"stage": stage, "type": "OSError", "message": "port 8001 is <in use>\nby another server"}
     report = report_of(run_dir, left, failure=failure)
     assert report["verdict"]["sentence"] == f"Stage {stage} stopped with OSError: port 8001 is <in use>"
+    after = [f"stage {name}" for name in stages[stages.index(stage) + 1 :]]
+    assert [item["what"] for item in report["verdict"]["not_run"] if item["what"].startswith("stage ")] == after
     page, markdown = written(report, run_dir)
     assert f"<title>FAIL at {stage}" in page
     assert "by another server" in read_page(page).text
@@ -217,7 +219,22 @@ def test_an_engine_that_was_not_built_says_why(manifests: Any, run_dir: Path) ->
     manifests["engine"]["facts"] = {"status": "not run", "reason": "no TensorRT library is installed"}
     report = report_of(run_dir, manifests)
     assert {"what": "TensorRT engine", "reason": "no TensorRT library is installed"} in report["verdict"]["not_run"]
-    assert report["engine"]["status"] == "not run"
+    assert {stage["stage"]: stage["status"] for stage in report["lineage"]}["engine"] == "not run"
+    assert "in 7 stages" in report["verdict"]["sentence"]
+
+
+def test_a_row_that_failed_is_never_part_of_a_pass(manifests: Any, run_dir: Path) -> None:
+    manifests["validate"]["facts"]["rows"][2].update(status="failed", reason="exported but not validated")
+    verdict = report_of(run_dir, manifests)["verdict"]
+    assert (verdict["status"], verdict["stage"]) == ("FAIL", "validate")
+    assert verdict["sentence"] == "Accuracy of ONNX Runtime failed: exported but not validated"
+
+
+def test_a_row_whose_gate_failed_is_not_called_passed(manifests: Any, run_dir: Path) -> None:
+    manifests["validate"]["gates"][0]["passed"] = False
+    rows = {row["name"]: row["status"] for row in report_of(run_dir, manifests)["accuracy"]["rows"]}
+    assert rows["ONNX Runtime"] == "failed"
+    assert rows["torch, fixed canvas"] == "passed"
 
 
 def test_training_is_shown_at_its_start_a_quarter_and_its_end(manifests: Any, run_dir: Path) -> None:
