@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from export.signature import Detections
 from pipeline.errors import RecipeError
-from pipeline.report.gallery import draw_detections
+from pipeline.report.gallery import PANEL_EDGE_PIXELS, captions_of, draw_boxes
 from serving.client import TritonRunner, detect_images, served_models
+from serving.preprocessing import read_image
 
 
 def detect_and_show(
@@ -42,10 +43,7 @@ def detect_and_show(
                 console.print(_table(path, shown, names))
             if draw is not None:
                 target = draw / f"{path.stem}.png" if len(images) > 1 else draw
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with Image.open(path) as picture:
-                    upright = ImageOps.exif_transpose(picture).convert("RGB")
-                draw_detections(upright, shown.boxes, shown.labels, shown.scores, names).save(target)
+                _draw(path, shown, names, target)
                 if not as_json:
                     console.print(f"drawn: {target}")
 
@@ -55,6 +53,14 @@ def _only_model(url: str) -> str:
     if len(models) != 1:
         raise RecipeError(f"the server at {url} serves {', '.join(models) or 'no model'}; name one with --model")
     return models[0]
+
+
+def _draw(path: Path, found: Detections, names: tuple[str, ...], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(read_image(path))
+    captions = captions_of(found.labels, found.scores, names)
+    scale = max(1.0, PANEL_EDGE_PIXELS / max(picture.size))  # captions are unreadable on smaller pictures
+    draw_boxes(picture, found.boxes, found.labels, captions, scale=scale).save(target)
 
 
 def _record(path: Path, found: Detections, names: tuple[str, ...]) -> dict[str, object]:

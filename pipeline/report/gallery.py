@@ -67,27 +67,37 @@ def _panel(
     class_names: Sequence[str],
 ) -> dict[str, Any]:
     scale = PANEL_EDGE_PIXELS / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    canvas = picture.resize(size, Image.Resampling.BICUBIC)
-    captions = []
-    for index, label in enumerate(labels):
-        caption = class_names[label] if label < len(class_names) else f"class {label}"
-        captions.append(caption if scores is None else f"{caption} {scores[index]:.2f}")
-    draw = ImageDraw.Draw(canvas)
-    # Small boxes last, so that a large neighbour does not hide them.
-    order = sorted(range(len(captions)), key=lambda i: -_area(boxes[i]))
-    for index in order:
-        _draw_box(draw, [float(edge) * scale for edge in boxes[index]], captions[index], _colour(int(labels[index])))
+    captions = captions_of(labels, scores, class_names)
+    canvas = draw_boxes(picture, boxes, labels, captions, scale=scale)
     words = ", ".join(captions) if captions else "none"
     kind = "boxes" if scores is None else f"detections above score {SCORE_FLOOR}"
     return {
         "name": name,
         "num_boxes": len(captions),
-        "width_pixels": size[0],
-        "height_pixels": size[1],
+        "width_pixels": canvas.width,
+        "height_pixels": canvas.height,
         "description": f"{name}: {len(captions)} {kind} ({words})",
         "jpeg": _data_uri(canvas),
     }
+
+
+def captions_of(labels: np.ndarray, scores: np.ndarray | None, class_names: Sequence[str]) -> list[str]:
+    """Class name, and score where there is one, of each box."""
+    names = [class_names[label] if label < len(class_names) else f"class {label}" for label in labels]
+    return names if scores is None else [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
+
+
+def draw_boxes(
+    picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str], *, scale: float = 1.0
+) -> Image.Image:
+    """A copy of ``picture``, resized by ``scale``, with boxes (M, 4) xyxy in pixels of the original drawn on it."""
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    canvas = picture.resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(canvas)
+    # Small boxes last, so that a large neighbour does not hide them.
+    for index in sorted(range(len(captions)), key=lambda i: -_area(boxes[i])):
+        _draw_box(draw, [float(edge) * scale for edge in boxes[index]], captions[index], _colour(int(labels[index])))
+    return canvas
 
 
 def _area(box: np.ndarray) -> float:
