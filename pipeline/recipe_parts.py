@@ -29,9 +29,9 @@ def resnet(depth: int, *, norm: str = "FrozenBN") -> Any:
     )
 
 
-def timm_backbone(name: str, *, weights: str | None, freeze_at: int = 0, freeze_norm: bool = False) -> Any:
+def timm_backbone(name: str, *, weights: str | None, freeze_norm: bool = False) -> Any:
     """A timm feature extractor as a lazy call; outputs ``res3`` to ``res5``."""
-    return L(TimmBackbone)(name=name, weights=weights, freeze_at=freeze_at, freeze_norm=freeze_norm)
+    return L(TimmBackbone)(name=name, weights=weights, freeze_norm=freeze_norm)
 
 
 def retinanet(

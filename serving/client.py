@@ -179,6 +179,20 @@ def load_model(url: str, model_name: str, *, timeout_seconds: float = 120.0) -> 
             raise _translated(error, url, f"could not load model {model_name!r}") from error
 
 
+def served_models(url: str, *, timeout_seconds: float = 10.0) -> list[str]:
+    """Names of the models that are ready at a server, sorted.
+
+    Raises:
+        ServerUnreachable: nothing answers there.
+    """
+    with triton.InferenceServerClient(url) as client:
+        try:
+            index = client.get_model_repository_index(client_timeout=timeout_seconds)
+        except InferenceServerException as error:
+            raise _translated(error, url, "could not list the models") from error
+    return sorted({model.name for model in index.models if model.state == "READY"})
+
+
 def run_concurrently(
     url: str,
     model_name: str,

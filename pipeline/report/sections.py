@@ -134,7 +134,7 @@ def distillation(run_dir: Path, manifests: Manifests, absent: Mapping[str, str])
     curve = [pick(point, CURVE_KEYS) for point in facts.get("ap_curve") or []]
     curve = [point for point in curve if isinstance(point["fraction"], int | float)]
     marks = [_curve_at(curve, fraction) for fraction in TRAINING_FRACTIONS]
-    keys = ("num_iters", "distiller", "seconds", "images_per_second", "parameters", "device", "resumed")
+    keys = ("num_iters", "distiller", "seconds", "images_per_second", "num_parameters", "device", "num_resumed")
     return {**head, **pick(facts, keys), "ap_curve": curve, "ap_at": marks, "losses": _loss_curves(run_dir)}
 
 

@@ -191,7 +191,7 @@ def test_a_failed_gate_stops_the_run_with_exit_code_3_and_a_report_that_says_so(
 def test_training_without_a_distiller_is_a_run_of_its_own(copied_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = pipeline(monkeypatch, "run", RECIPE, "distiller=none", "--until", "strip", "--runs", copied_runs)
     assert code == 0
-    assert manifest(copied_runs, "train")["facts"]["parameters"]["distiller"] == 0
+    assert manifest(copied_runs, "train")["facts"]["num_parameters"]["distiller"] == 0
     assert manifest(copied_runs, "strip")["facts"]["removed"] == []
 
 

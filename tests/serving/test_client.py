@@ -23,6 +23,7 @@ from serving.client import (
     detect_images,
     load_model,
     run_concurrently,
+    served_models,
 )
 from serving.model_repository import publish
 from serving.preprocessing import ImageError
@@ -216,3 +217,9 @@ def test_a_published_model_that_cannot_be_loaded_is_refused_with_the_reason(
     publish(repository, model_name="bad", model_file=broken, signature=signature, backend="python", provenance={})
     with pytest.raises(RequestRefused, match=r"could not load model 'bad'.*Protobuf parsing failed"):
         load_model(server.grpc_url, "bad")
+
+
+def test_the_models_that_are_ready_are_listed(server: RunningServer) -> None:
+    assert served_models(server.grpc_url) == [MODEL_NAME]
+    with pytest.raises(ServerUnreachable, match=r"127\.0\.0\.1:9"):
+        served_models("127.0.0.1:9", timeout_seconds=2.0)

@@ -71,11 +71,3 @@ def test_missing_weights_and_stages_are_named() -> None:
         TimmBackbone(name="mobilenetv2_100", weights="no_such_package:file.pth")
     with pytest.raises(ValueError, match="no stage res9; it has res1, res2, res3, res4, res5"):
         TimmBackbone(name="mobilenetv2_100", out_features=("res9",))
-
-
-def test_freezing_stops_the_gradients_up_to_and_with_the_named_stage() -> None:
-    backbone = TimmBackbone(name="mobilenetv2_100", freeze_at=2).train()
-    sum(value.sum() for value in backbone(torch.randn(2, 3, 64, 64)).values()).backward()
-    trained = {name for name, value in backbone.body.named_parameters() if value.grad is not None}
-    assert not any(name.startswith(("conv_stem", "bn1", "blocks.0", "blocks.1")) for name in trained)
-    assert any(name.startswith("blocks.2") for name in trained)

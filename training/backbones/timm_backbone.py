@@ -26,8 +26,6 @@ class TimmBackbone(Backbone):
         out_features: the stages to return.
         weights: ``None`` for random weights, ``"timm"`` for timm's own pretrained ones, ``"package:file"`` for a state
             dict inside an installed package, otherwise the path of a state dict.
-        freeze_at: 0 trains everything; n freezes the network up to and with stage ``res{n}``, as detectron2's ResNet
-            does: early layers are generic, and on a CPU their gradients are the dearest.
         freeze_norm: keep every BatchNorm at its loaded statistics and affine parameters, as detectron2's ``FrozenBN``
             does; small batches cannot estimate better ones.
 
@@ -42,7 +40,6 @@ class TimmBackbone(Backbone):
         name: str,
         out_features: tuple[str, ...] = ("res3", "res4", "res5"),
         weights: str | None = None,
-        freeze_at: int = 0,
         freeze_norm: bool = False,
     ) -> None:
         super().__init__()
@@ -59,19 +56,9 @@ class TimmBackbone(Backbone):
         self._out_feature_strides = {f: info.reduction()[i] for f, i in self._stage_indices.items()}
         if weights not in (None, "timm"):
             load_weights(self.body, weights_path(weights))
-        if freeze_at:
-            self._freeze_up_to(stages[f"res{freeze_at}"])
         if freeze_norm:
             for module in self._norms():
                 module.requires_grad_(False)
-
-    def _freeze_up_to(self, stage_index: int) -> None:
-        """Freeze every parameter registered no later than the stage's last one; timm registers in forward order."""
-        last_module = self.body.feature_info.module_name(stage_index)
-        names = [name for name, _ in self.body.named_parameters()]
-        last = max(i for i, name in enumerate(names) if name.startswith(f"{last_module}."))
-        for parameter in list(self.body.parameters())[: last + 1]:
-            parameter.requires_grad_(False)
 
     def _norms(self) -> list[nn.Module]:
         return [m for m in self.body.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
