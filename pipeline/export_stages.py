@@ -23,6 +23,7 @@ from pipeline.artifact import digest
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
 from training.checkpoint import load_student
+from training.evaluate import resolve_device
 
 ONNX_MODEL = "model.onnx"
 ENGINE = "model.plan"
@@ -115,11 +116,17 @@ def engine(context: StageContext) -> StageResult:
 
 def validate(context: StageContext) -> StageResult:
     """AP of every format, detections matched one by one, and batch invariance."""
+    # cuDNN would use TF32 for convolutions, which is not the precision that parity is about.
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return _validated(context)
+
+
+def _validated(context: StageContext) -> StageResult:
     limits: ParityConfig = context.recipe.sections["parity"]
     dataset = dataset_of(context.inputs["data"], "validation")
     export_artifact = context.inputs["export"]
     signature = DetectorSignature.read(export_artifact.directory)
-    student = loaded_student(context)
+    student = loaded_student(context).to(resolve_device(context.recipe.sections["training"].device))
     table = AccuracyTable(dataset, signature, context)
 
     table.add_reference(student)

@@ -80,7 +80,7 @@ STAGES = (
         name="validate",
         version=1,
         inputs=("data", "strip", "export", "engine"),
-        config_sections=("model", "export", "parity"),
+        config_sections=("model", "export", "parity", "training"),
         run=_from("export_stages", "validate"),
     ),
     Stage(

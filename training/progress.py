@@ -59,6 +59,7 @@ class RunHook(HookBase):
                 max_edge_pixels=self._config.max_edge_pixels,
                 output_directory=self._directory / "evaluation",
             )
+            get_event_storage().put_scalar("AP", scores["AP"], smoothing_hint=False)
             self.ap_curve.append({"iteration": iteration, "fraction": self._at[iteration], **scores})
             logger.info(
                 "iteration %d of %d: AP %.1f  AP50 %.1f", iteration, self._config.max_iter, scores["AP"], scores["AP50"]
@@ -95,11 +96,12 @@ class ProgressWriter(EventWriter):
             if "loss" in name and name != "total_loss"
         )
         logger.info(
-            "iteration %d of %d  loss %.3f (%s)  %.1f images/s  %d:%02d left",
+            "iteration %d of %d  loss %.3f (%s)%s  %.1f images/s  %d:%02d left",
             storage.iter + 1,
             self._config.max_iter,
             histories["total_loss"].median(self._config.log_period_iters),
             losses,
+            f"  AP {histories['AP'].latest():.1f}" if "AP" in histories else "",
             self._config.images_per_batch / seconds,
             left // 60,
             left % 60,

@@ -279,6 +279,18 @@ def test_detect_prints_a_table(
     assert "0 detections" in capsys.readouterr().out
 
 
+def test_the_readmes_client_runs_as_it_stands(served: str, photo: Path, tmp_path: Path) -> None:
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    script = code[1].replace("localhost:8001", served).replace("embedded_retinanet_256_fp32", "tiny")
+    shutil.copy(photo, tmp_path / "photo.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"(\w+ 0\.\d\d \[.*\]\n)+", done.stdout)
+
+
 def test_an_unusable_image_is_named_with_exit_code_2(
     served: str, photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
