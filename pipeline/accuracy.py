@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.stage import Gate, StageContext
 from pipeline.training_stages import STUDENT_CHECKPOINT
 from serving.preprocessing import Placement, canvas_from_image, detections_in_image, read_image
 from training.dataset import CocoDataset, detectron2_dicts
-from training.evaluate import evaluate_detector, read_results
+from training.evaluate import RESULTS_FILE, evaluate_detector
 
 REFERENCE = "detectron2"
 ON_CANVAS = "torch, fixed canvas"
@@ -30,10 +31,17 @@ ON_CANVAS = "torch, fixed canvas"
 def canvases_of(
     dataset: CocoDataset, signature: DetectorSignature, limit: int | None = None
 ) -> Iterator[tuple[int, np.ndarray, Placement]]:
-    """Image id, canvas and placement of a data set's images, in the order of the annotation file."""
+    """Image id, canvas and placement of a data set's images, in the order of the annotation file; read one by one."""
     for record in detectron2_dicts(dataset)[:limit]:
         canvas, placement = canvas_from_image(read_image(Path(record["file_name"])), signature)
         yield record["image_id"], canvas, placement
+
+
+def detections_of(runner: Runner, canvases: Iterable[np.ndarray]) -> Iterator[Detections]:
+    """The detections of each canvas, run in full batches with a ragged last one."""
+    source = iter(canvases)
+    while batch := list(itertools.islice(source, runner.signature.max_batch_size)):
+        yield from runner.run(np.stack(batch))
 
 
 class AccuracyTable:
@@ -41,7 +49,7 @@ class AccuracyTable:
 
     Attributes:
         rows: one dict a row, as the report shows it.
-        canvases: image id, canvas and placement of every validation image.
+        gates: what the rows were held against.
     """
 
     def __init__(
@@ -54,10 +62,16 @@ class AccuracyTable:
         """``reference_ap`` is what the rows' ``delta`` refers to; None: the AP of the first row."""
         self.rows: list[dict[str, Any]] = []
         self.gates: list[Gate] = []
-        self.canvases = list(canvases_of(dataset, signature))
         self._dataset, self._signature, self._context = dataset, signature, context
         self._reference_ap = reference_ap
+        self._placements: dict[int, Placement] = {}
         self._per_class: dict[str, dict[int, float]] = {}
+
+    def canvases(self, limit: int | None = None) -> Iterator[np.ndarray]:
+        """The validation images on the canvas, (3, H, W) uint8, read one by one: a large set does not fit in memory."""
+        for image_id, canvas, placement in canvases_of(self._dataset, self._signature, limit):
+            self._placements[image_id] = placement
+            yield canvas
 
     def add_reference(self, student: nn.Module) -> None:
         """The plain detectron2 model, evaluated the ordinary way; the row shows what the fixed canvas costs."""
@@ -69,39 +83,27 @@ class AccuracyTable:
             max_edge_pixels=self._signature.max_edge_pixels,
             output_directory=scratch,
         )
-        label_of = {category_id: label for label, category_id in enumerate(self._signature.category_ids)}
-        by_image: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id, _, _ in self.canvases}
-        for record in read_results(scratch):
-            by_image[record["image_id"]].append(record)
-        self._add_row(
-            REFERENCE,
-            {image_id: detections_from_coco(records, label_of) for image_id, records in by_image.items()},
-            self._context.inputs["strip"].path(STUDENT_CHECKPOINT),
-            None,
-        )
+        by_image = detections_by_image(scratch / RESULTS_FILE, self._dataset)
+        self._add_row(REFERENCE, by_image, self._context.inputs["strip"].path(STUDENT_CHECKPOINT), None)
 
-    def add(self, name: str, runner: Runner, model: Path, compared_with: float | None, limit: float | None) -> None:
-        """Run every validation image and add the row; with ``limit``, gate its AP against ``compared_with``."""
-        found: dict[int, Detections] = {}
-        size = self._signature.max_batch_size
-        for start in range(0, len(self.canvases), size):
-            part = self.canvases[start : start + size]
-            for (image_id, _, placement), detections in zip(
-                part, runner.run(np.stack([canvas for _, canvas, _ in part])), strict=True
-            ):
-                found[image_id] = detections_in_image(detections, placement)
-        self.add_detections(name, found, model, compared_with, limit)
-
-    def add_detections(
+    def add(
         self,
         name: str,
-        found: dict[int, Detections],
+        found: Iterable[Detections],
         model: Path,
-        compared_with: float | None,
-        limit: float | None,
+        compared_with: float | None = None,
+        limit: float | None = None,
     ) -> None:
-        """Add the row of detections in original image pixels."""
-        self._add_row(name, found, model, compared_with)
+        """Add the row of what a runner found on ``canvases()``, in their order and in canvas pixels.
+
+        With ``limit``, gate the row's AP against ``compared_with``.
+        """
+        image_ids = [record["image_id"] for record in detectron2_dicts(self._dataset)]
+        in_images = {
+            image_id: detections_in_image(detections, self._placements[image_id])
+            for image_id, detections in zip(image_ids, found, strict=True)
+        }
+        self._add_row(name, in_images, model, compared_with)
         if limit is None or compared_with is None:
             return
         difference = self.rows[-1]["AP"] - compared_with
@@ -113,7 +115,7 @@ class AccuracyTable:
                 value=difference,
                 limit=limit,
                 passed=passed,
-                reason=f"AP {self.rows[-1]['AP']:.2f} against {compared_with:.2f}; {self._worst_classes(name)}",
+                reason=f"AP {self.rows[-1]['AP']:.2f} against {compared_with:.2f}{self._worst_classes(name)}",
             )
         )
 
@@ -144,20 +146,18 @@ class AccuracyTable:
 
     def matched_with_detectron2(self, student: nn.Module, runner: Runner, limits: ParityConfig) -> MatchResult:
         """Compare with detectron2's own inference on the same padded images, detection by detection."""
-        results = []
-        for _, canvas, _ in self.canvases[: limits.num_matching_images]:
-            results.append(
-                match_detections(
-                    detectron2_on_canvas(student, canvas),
-                    runner.run(canvas[None])[0],
-                    score_threshold=self._signature.score_threshold,
-                    max_detections=self._signature.max_detections,
-                    min_iou=limits.min_iou,
-                    max_box_error_pixels=limits.max_box_error_pixels,
-                    max_score_error=limits.max_score_error,
-                )
+        return combined(
+            match_detections(
+                detectron2_on_canvas(student, canvas),
+                runner.run(canvas[None])[0],
+                score_threshold=self._signature.score_threshold,
+                max_detections=self._signature.max_detections,
+                min_iou=limits.min_iou,
+                max_box_error_pixels=limits.max_box_error_pixels,
+                max_score_error=limits.max_score_error,
             )
-        return combined(results)
+            for canvas in self.canvases(limits.num_matching_images)
+        )
 
     def per_class(self, reference: str, name: str) -> list[dict[str, Any]]:
         """AP of each class in two rows."""
@@ -172,16 +172,12 @@ class AccuracyTable:
         ]
 
     def _worst_classes(self, name: str) -> str:
-        drops = (
-            [
-                (row["AP"] - row["reference_AP"], row["name"])
-                for row in self.per_class(ON_CANVAS, name)
-                if row["AP"] is not None and row["reference_AP"] is not None
-            ]
-            if ON_CANVAS in self._per_class
-            else []
-        )
-        return "largest class changes: " + ", ".join(f"{c!r} {d:+.2f}" for d, c in sorted(drops)[:2])
+        if ON_CANVAS not in self._per_class:
+            return ""
+        before, after = self._per_class[ON_CANVAS], self._per_class[name]
+        names = dict(zip(self._signature.category_ids, self._signature.class_names, strict=True))
+        drops = sorted((after[key] - before[key], names[key]) for key in names if after[key] < before[key])
+        return "; largest class drops: " + ", ".join(f"{c!r} {d:.2f}" for d, c in drops[:2]) if drops else ""
 
 
 def detections_file(row: str) -> str:
@@ -200,8 +196,16 @@ def detectron2_on_canvas(student: nn.Module, canvas: np.ndarray) -> Detections:
     )
 
 
-def detections_from_coco(records: list[dict[str, Any]], label_of: dict[int, int]) -> Detections:
-    """COCO results of one image (boxes XYWH) as :class:`Detections`."""
+def detections_by_image(results_file: Path, dataset: CocoDataset) -> dict[int, Detections]:
+    """Detections in COCO's results format (boxes XYWH) as :class:`Detections` of each image that has any."""
+    label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for record in json.loads(results_file.read_text()):
+        by_image.setdefault(record["image_id"], []).append(record)
+    return {image_id: _detections(records, label_of) for image_id, records in by_image.items()}
+
+
+def _detections(records: list[dict[str, Any]], label_of: dict[int, int]) -> Detections:
     boxes = np.array([r["bbox"] for r in records], np.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return Detections(

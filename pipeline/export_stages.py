@@ -18,7 +18,7 @@ from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
 from export.signature import DetectorSignature
 from export.targets.onnx_target import export_onnx
 from export.targets.tensorrt_target import EngineUnavailable, build_engine
-from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable, canvases_of
+from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable, canvases_of, detections_of
 from pipeline.artifact import digest
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
@@ -130,28 +130,34 @@ def _validated(context: StageContext) -> StageResult:
     table = AccuracyTable(dataset, signature, context)
 
     table.add_reference(student)
+    onnx_model = export_artifact.path(ONNX_MODEL)
     with TorchRunner(detector_graph(student, signature), signature) as torch_runner:
-        table.add(ON_CANVAS, torch_runner, context.inputs["strip"].path(STUDENT_CHECKPOINT), None, None)
+        table.add(
+            ON_CANVAS,
+            detections_of(torch_runner, table.canvases()),
+            context.inputs["strip"].path(STUDENT_CHECKPOINT),
+        )
     on_canvas = table.rows[-1]["AP"]
-    with OnnxRuntimeRunner(export_artifact.path(ONNX_MODEL), signature) as runner:
-        table.add("ONNX Runtime", runner, export_artifact.path(ONNX_MODEL), on_canvas, limits.max_ap_drop_onnxruntime)
-        found = table.matched_with_detectron2(student, runner, limits)
-        canvases = [canvas for _, canvas, _ in table.canvases[: limits.num_batch_images]]
+    with OnnxRuntimeRunner(onnx_model, signature) as runner:
+        found = detections_of(runner, table.canvases())
+        table.add("ONNX Runtime", found, onnx_model, on_canvas, limits.max_ap_drop_onnxruntime)
+        matching = table.matched_with_detectron2(student, runner, limits)
+        canvases = list(table.canvases(limits.num_batch_images))
         invariance = batch_invariance(runner, canvases, score_floor=limits.min_matched_score)
     table.gates.append(batch_gate("ONNX Runtime", invariance))
     table.gates.append(
         Gate(
             name="ONNX Runtime detections without a partner in detectron2's",
-            value=found.num_unmatched,
+            value=matching.num_unmatched,
             limit=0,
-            passed=found.num_unmatched == 0,
-            reason=f"{found.num_matched} matched on {found.num_images} images",
+            passed=matching.num_unmatched == 0,
+            reason=f"{matching.num_matched} matched on {matching.num_images} images",
         )
     )
     _add_tensorrt(table, context, signature, on_canvas, limits.max_ap_drop_tensorrt)
     facts = {
         "rows": table.rows,
-        "matching": dataclasses.asdict(found),
+        "matching": dataclasses.asdict(matching),
         "batch_invariance": dataclasses.asdict(invariance),
         "per_class": table.per_class(REFERENCE, "ONNX Runtime"),
     }
@@ -168,7 +174,8 @@ def _add_tensorrt(
         return
     try:
         with TensorRTRunner(built.path(ENGINE), signature) as runner:
-            table.add("TensorRT", runner, built.path(ENGINE), on_canvas, limit)
+            found = detections_of(runner, table.canvases())
+            table.add("TensorRT", found, built.path(ENGINE), on_canvas, limit)
     except EngineUnavailable as error:
         reason = "no NVIDIA GPU" if not torch.cuda.is_available() else str(error)
         table.add_not_run("TensorRT", reason, digest(built.path(ENGINE)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,12 @@ import numpy as np
 
 from export.signature import Detections
 from pipeline import environment
-from pipeline.accuracy import detections_file, detections_from_coco
+from pipeline.accuracy import detections_by_image, detections_file
 from pipeline.report import GalleryImage, build_report, write_report
 from pipeline.stage import StageContext, StageResult
 from pipeline.status import read_failure
 from pipeline.training_stages import dataset_of
-from training.dataset import CocoDataset, detectron2_dicts
+from training.dataset import detectron2_dicts
 
 NUM_GALLERY_IMAGES = 12
 
@@ -50,7 +49,7 @@ def _gallery(context: StageContext) -> list[GalleryImage]:
     ]
     dataset = dataset_of(context.inputs["data"], "validation")
     found = {
-        name: _detections_by_image(artifact.path(detections_file(name)), dataset)
+        name: detections_by_image(artifact.path(detections_file(name)), dataset)
         for artifact, name in (rows[0], rows[-1])
     }
     records = [record for record in detectron2_dicts(dataset) if record["annotations"]]
@@ -70,11 +69,3 @@ def _gallery_image(record: dict[str, Any], found: dict[str, dict[int, Detections
         labels=np.array([a["category_id"] for a in objects], np.int32),
         detections={name: by_image.get(record["image_id"], nothing) for name, by_image in found.items()},
     )
-
-
-def _detections_by_image(path: Path, dataset: CocoDataset) -> dict[int, Detections]:
-    label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
-    records: dict[int, list[dict[str, Any]]] = {}
-    for record in json.loads(path.read_text()):
-        records.setdefault(record["image_id"], []).append(record)
-    return {image_id: detections_from_coco(items, label_of) for image_id, items in records.items()}

@@ -34,7 +34,6 @@ from serving.client import run_concurrently
 from serving.config import BenchmarkConfig, ServingConfig
 from serving.load_generator import closed_loop, measure_in_process, open_loop
 from serving.model_config import InstanceGroup, model_config_for
-from serving.preprocessing import detections_in_image
 from serving.servers import SERVERS, Ports
 
 DEPLOYMENT_FILE = "deployment.json"
@@ -111,23 +110,22 @@ def _proof(
 ) -> dict[str, Any]:
     """Golden images, AP at concurrency 1 and with mixed batches, and their agreement; gates go into ``table``."""
     limits = context.recipe.sections["parity"]
-    canvases = [canvas for _, canvas, _ in table.canvases]
     with runner_of(config, url) as runner:
-        alone = [runner.run(canvas[None])[0] for canvas in canvases]
+        alone = [runner.run(canvas[None])[0] for canvas in table.canvases()]
         with OnnxRuntimeRunner(onnx_directory / ONNX_MODEL, runner.signature) as in_process:
-            golden = [in_process.run(canvas[None])[0] for canvas in canvases[:NUM_GOLDEN_IMAGES]]
+            golden = [in_process.run(canvas[None])[0] for canvas in table.canvases(NUM_GOLDEN_IMAGES)]
         before = runner.statistics()
         mixed = run_concurrently(
-            url, config.model_name, canvases, concurrency=CONCURRENCY, timeout_seconds=config.request_timeout_seconds
+            url,
+            config.model_name,
+            table.canvases(),
+            concurrency=CONCURRENCY,
+            timeout_seconds=config.request_timeout_seconds,
         )
         batching = runner.statistics() - before
         signature = runner.signature
     for name, found in (("Triton, concurrency 1", alone), (f"Triton, concurrency {CONCURRENCY}", mixed)):
-        in_images = {
-            image_id: detections_in_image(detections, placement)
-            for (image_id, _, placement), detections in zip(table.canvases, found, strict=True)
-        }
-        table.add_detections(name, in_images, model_file, on_canvas, limits.max_ap_drop_served)
+        table.add(name, found, model_file, on_canvas, limits.max_ap_drop_served)
     matched = _matched(golden, alone[: len(golden)], signature, score_floor=0.0)
     invariant = _matched(alone, mixed, signature, score_floor=limits.min_matched_score)
     table.gates += [

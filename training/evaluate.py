@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
 from detectron2.data import DatasetMapper, build_detection_test_loader
@@ -63,11 +61,6 @@ def inference_loader(
 
 def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else float(value)
-
-
-def read_results(directory: Path) -> list[dict[str, Any]]:
-    """The COCO result records that :func:`evaluate_detector` left in ``directory``."""
-    return json.loads((directory / RESULTS_FILE).read_text())
 
 
 def resolve_device(device: str) -> torch.device:

@@ -7,11 +7,11 @@ Paper: Zhang et al., "LGD: Label-guided Self-distillation for Object Detection",
 """
 
 from detectron2.config import LazyCall as L
-from serving.config import BenchmarkConfig, ServingConfig
 
 from export.config import ExportConfig
 from export.parity import ParityConfig
 from pipeline.recipe_parts import retinanet, timm_backbone
+from serving.config import BenchmarkConfig, ServingConfig
 from training.config import TrainingConfig
 from training.dataset import DatasetConfig
 from training.distillers import LgdConfig
