@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ class ExportConfig:
     short_edge_pixels: int = 256
     max_edge_pixels: int = 256
     max_batch_size: int = 8
-    precision: str = "fp32"
+    precision: Literal["fp32", "tf32"] = "fp32"
     compute_capabilities: tuple[str, ...] = ("75", "80", "86", "89", "120")
 
     def __post_init__(self) -> None:

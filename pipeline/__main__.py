@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="From labelled images to a measured detector behind a Triton endpoint.",
 )
-console = Console(soft_wrap=True, highlight=False)
+console = Console(soft_wrap=True, highlight=False, markup=False)  # names may hold [brackets]
 
 RUNS = Path("runs")
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
@@ -50,12 +50,20 @@ def run(
     from pipeline.run import run_stages
     from pipeline.stages import STAGES, after_run
 
-    options = (*(("--runs", str(runs)) if runs != RUNS else ()), *(("--name", name) if name else ()))
-    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options)
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
     run_dir = runs / (name or loaded.name)
+    if not (run_dir / "deploy").is_dir():
+        from pipeline.preflight import preflight
+
+        preflight(loaded)
     summary = run_stages(STAGES, loaded, run_dir, from_stage=from_stage, until=until, force=force, console=console)
     for line in after_run(run_dir, summary):
         console.print(line)
+
+
+def _options(runs: Path, name: str | None) -> tuple[str, ...]:
+    """The options that say where a run lies, for the commands that reproduce its artifacts."""
+    return (*(("--runs", str(runs)) if runs != RUNS else ()), *(("--name", name) if name else ()))
 
 
 @app.command()
@@ -94,12 +102,14 @@ def report(
 ) -> None:
     """Write the report of a run anew from the artifacts that are there."""
     from pipeline import recipe as recipes
-    from pipeline.errors import GateFailed
+    from pipeline.errors import ArtifactError, GateFailed
     from pipeline.run import run_stages
     from pipeline.stages import STAGES, report_paths
 
-    loaded = recipes.load(recipe, overrides or [])
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
     run_dir = runs / (name or loaded.name)
+    if not any((run_dir / stage.name).is_dir() for stage in STAGES):
+        raise ArtifactError(f"artifact missing: {run_dir} holds no artifact to report on; run the recipe first")
     try:
         run_stages(STAGES, loaded, run_dir, from_stage="report", force=True, console=console)
     except GateFailed as failure:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from export.signature import Detections
@@ -14,6 +15,8 @@ from pipeline.errors import RecipeError
 from pipeline.report.gallery import PANEL_EDGE_PIXELS, captions_of, draw_boxes
 from serving.client import TritonRunner, detect_images, served_models
 from serving.preprocessing import read_image
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def detect_and_show(
@@ -31,21 +34,33 @@ def detect_and_show(
     Args:
         draw: a file for one image; a folder, which is created, for several.
     """
-    if draw is not None and len(images) > 1 and draw.suffix:
-        raise RecipeError(f"--draw {draw} is one file but there are {len(images)} images; give a folder")
+    targets = _targets(images, draw)
     with TritonRunner(url, model or _only_model(url)) as runner:
         names = runner.signature.class_names
-        for path, found in detect_images(runner, images):
+        for (path, found), target in zip(detect_images(runner, images), targets, strict=True):
             shown = found.above(min_score)
             if as_json:
                 console.print_json(json.dumps(_record(path, shown, names)), indent=None)
             else:
                 console.print(_table(path, shown, names))
-            if draw is not None:
-                target = draw / f"{path.stem}.png" if len(images) > 1 else draw
+            if target is not None:
                 _draw(path, shown, names, target)
                 if not as_json:
                     console.print(f"drawn: {target}")
+
+
+def _targets(images: list[Path], draw: Path | None) -> list[Path | None]:
+    """Where each picture goes; refused before anything is sent."""
+    if draw is None:
+        return [None] * len(images)
+    if len(images) == 1 and not draw.is_dir():
+        if draw.suffix.lower() not in PICTURE_SUFFIXES:
+            raise RecipeError(f"--draw {draw}: expected a file ending in {', '.join(PICTURE_SUFFIXES)}, or a folder")
+        return [draw]
+    if draw.suffix:
+        raise RecipeError(f"--draw {draw} is one file but there are {len(images)} images; give a folder")
+    # Images of different folders may share a name.
+    return [draw / f"{'_'.join(path.with_suffix('').parts[-2:])}.png" for path in images]
 
 
 def _only_model(url: str) -> str:
@@ -56,7 +71,12 @@ def _only_model(url: str) -> str:
 
 
 def _draw(path: Path, found: Detections, names: tuple[str, ...], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"--draw {target}: cannot create the folder ({error.strerror}); give another place"
+        ) from error
     picture = Image.fromarray(read_image(path))
     captions = captions_of(found.labels, found.scores, names)
     scale = max(1.0, PANEL_EDGE_PIXELS / max(picture.size))  # captions are unreadable on smaller pictures
@@ -74,9 +94,9 @@ def _record(path: Path, found: Detections, names: tuple[str, ...]) -> dict[str, 
 
 
 def _table(path: Path, found: Detections, names: tuple[str, ...]) -> Table:
-    table = Table(title=f"{path}: {len(found)} detections", title_justify="left")
+    table = Table(title=escape(f"{path}: {len(found)} detections"), title_justify="left")
     for column in ("class", "score", "x1", "y1", "x2", "y2"):
         table.add_column(column, justify="left" if column == "class" else "right")
     for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
-        table.add_row(names[label], f"{score:.2f}", *(f"{edge:.1f}" for edge in box))
+        table.add_row(escape(names[label]), f"{score:.2f}", *(f"{edge:.1f}" for edge in box))
     return table

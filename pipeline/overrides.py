@@ -68,7 +68,7 @@ def _split(override: str) -> tuple[str, str]:
     key = key.strip()
     if not equals or not key:
         raise RecipeError(
-            f"override {override!r} has no '='; write section.key=value, for example training.num_iters=100"
+            f"override {override!r} has no '='; write section.key=value, for example training.max_iter=100"
         )
     section, dot, _ = key.partition(".")
     if section not in SECTIONS:

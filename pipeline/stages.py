@@ -9,11 +9,10 @@ import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pipeline.artifact import digest
 from pipeline.recipe import Recipe
 from pipeline.run import RunSummary
 from pipeline.stage import Stage, StageContext, StageResult
-
-BUILD_ENVIRONMENT = ("torch", "detectron2", "onnx", "onnxruntime")
 
 
 def _from(module: str, function: str) -> Callable[[StageContext], StageResult]:
@@ -21,6 +20,27 @@ def _from(module: str, function: str) -> Callable[[StageContext], StageResult]:
         return getattr(importlib.import_module(f"pipeline.{module}"), function)(context)
 
     return run
+
+
+def _starting_weights(recipe: Recipe) -> Mapping[str, str]:
+    """Digests of the files that training starts from; model-zoo addresses name their content themselves."""
+    from training.backbones.timm_backbone import weights_path
+
+    bottom_up = recipe.model.backbone.get("bottom_up", recipe.model.backbone)
+    named = {
+        "backbone weights": bottom_up.get("weights"),
+        "init_checkpoint": recipe.sections["training"].init_checkpoint,
+    }
+    paths = {name: weights_path(value) for name, value in named.items() if value and "://" not in value}
+    return {name: digest(path) for name, path in paths.items() if path.is_file()}
+
+
+def _docker(recipe: Recipe) -> Mapping[str, str]:
+    """Whether a Docker engine answers, where the recipe serves from a container."""
+    from pipeline.endpoint import not_executable
+
+    reason = not_executable(recipe.sections["serving"])
+    return {} if reason is None else {"not executable": reason}
 
 
 def _dataset_digests(recipe: Recipe) -> Mapping[str, str]:
@@ -51,6 +71,7 @@ STAGES = (
         version=1,
         inputs=("data",),
         config_sections=("model", "training", "distiller"),
+        external_inputs=_starting_weights,
         run=_from("training_stages", "train"),
         resumable=True,
     ),
@@ -66,6 +87,7 @@ STAGES = (
         version=1,
         inputs=("data", "strip"),
         config_sections=("model", "export"),
+        environment_keys=("torch", "onnx"),
         run=_from("export_stages", "export"),
     ),
     Stage(
@@ -81,6 +103,7 @@ STAGES = (
         version=1,
         inputs=("data", "strip", "export", "engine"),
         config_sections=("model", "export", "parity", "training"),
+        environment_keys=("torch", "detectron2", "onnxruntime", "gpus"),
         run=_from("export_stages", "validate"),
     ),
     Stage(
@@ -88,6 +111,8 @@ STAGES = (
         version=1,
         inputs=("data", "export", "engine", "validate"),
         config_sections=("parity", "serving"),
+        environment_keys=("onnxruntime", "tritonserver", "gpus"),
+        external_inputs=_docker,
         run=_from("serving_stages", "deploy"),
     ),
     Stage(
@@ -95,6 +120,8 @@ STAGES = (
         version=1,
         inputs=("data", "export", "deploy"),
         config_sections=("serving", "benchmark"),
+        environment_keys=("onnxruntime", "tritonserver", "gpus", "cpu", "num_cores"),
+        external_inputs=_docker,
         run=_from("serving_stages", "benchmark"),
     ),
     Stage(
@@ -113,17 +140,26 @@ def report_paths(run_dir: Path) -> list[Path]:
     return [path for suffix in ("html", "md", "json") if (path := run_dir / "report" / f"report.{suffix}").is_file()]
 
 
+def _how_to_query(run_dir: Path) -> list[str]:
+    from pipeline.endpoint import deployed
+
+    facts = deployed(run_dir).manifest.facts  # the published version lies outside the artifacts, so it is verified here
+    if facts["status"] == "not run":
+        return [f"serve it:   {facts['container']['command']}"]
+    query = "query it:   .venv/bin/python -m pipeline detect IMAGE --draw detections.png"
+    if ":" in facts["server"]:
+        return [f"served at:  {facts['server']}", f"{query} --url {facts['server']} --model {facts['model_name']}"]
+    runs = "" if run_dir.parent == Path("runs") else f' ARGS="--runs {run_dir.parent}"'
+    name = "" if run_dir.name == "embedded" else f" NAME={run_dir.name}"
+    return [f"serve it:   make serve{name}{runs}", query]
+
+
 def after_run(run_dir: Path, summary: RunSummary) -> list[str]:
     """What to tell after a run: what it did, where the report is, how to serve and query the model."""
     lines = [] if summary.num_built else ["nothing to do: every artifact is up to date and its files verify"]
     stages = {outcome.stage for outcome in summary.outcomes}
     if "deploy" in stages:
-        from pipeline.endpoint import deployed
-
-        deployed(run_dir)  # the published version lies outside the artifacts, so it is verified here
-        name = "" if run_dir.name == "embedded" else f" NAME={run_dir.name}"
-        lines.append(f"serve it:   make serve{name}")
-        lines.append("query it:   .venv/bin/python -m pipeline detect IMAGE --draw detections.png")
+        lines += _how_to_query(run_dir)
     if "report" in stages:
         lines += [f"report:     {path}" for path in report_paths(run_dir)[:1]]
     return lines

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from pipeline.artifact import Artifact
 from pipeline.stage import Gate, StageContext, StageResult
 from training.checkpoint import FINAL_CHECKPOINT
+from training.coco_normalization import read_repairable, repaired_copy
 from training.dataset import CocoDataset, DatasetConfig, check_readable, check_same_classes, dataset_digest, read_coco
 from training.embedded_dataset import generate
 from training.evaluate import inference_loader
@@ -45,17 +47,19 @@ def data(context: StageContext) -> StageResult:
         "category_ids": datasets["train"].category_ids,
     }
     num_checked = 0
+    own_directory = Path(os.path.abspath(context.directory))
     for split, dataset in datasets.items():
         num_checked += check_readable(dataset)
+        digest = dataset_digest(dataset, include_pixels=config.digest_pixels)
+        if dataset.changes:
+            context.console.print(f"data: {split} reads a copy of the annotation file: {', '.join(dataset.changes)}")
+            dataset = repaired_copy(dataset, own_directory / f"instances_{split}.json")
         described = dataclasses.asdict(dataset)
         del described["class_names"], described["category_ids"]
         for key in ("annotation_file", "image_dir"):
             path = described[key]
-            described[key] = str(path.relative_to(context.directory.absolute()) if facts["embedded"] else path)
-        facts[split] = {
-            **described,
-            "digest": dataset_digest(dataset, include_pixels=config.digest_pixels),
-        }
+            described[key] = str(path.relative_to(own_directory) if path.is_relative_to(own_directory) else path)
+        facts[split] = {**described, "digest": digest}
     gate = Gate(
         name="annotations and images are valid",
         value=num_checked,
@@ -67,12 +71,16 @@ def data(context: StageContext) -> StageResult:
 
 
 def own_datasets(config: DatasetConfig) -> dict[str, CocoDataset]:
-    """The user's data set, as the recipe names it."""
+    """The user's data set, as the recipe names it; ``changes`` says what keeps a file from being used as it is."""
     assert config.train is not None
     assert config.validation is not None
+    named = {
+        "train": (config.train, config.train_images),
+        "validation": (config.validation, config.validation_images),
+    }
     return {
-        "train": read_coco(Path(config.train), _path(config.train_images)),
-        "validation": read_coco(Path(config.validation), _path(config.validation_images)),
+        split: read_repairable(Path(file), _path(images), drop_degenerate_boxes=config.drop_degenerate_boxes)
+        for split, (file, images) in named.items()
     }
 
 
@@ -90,7 +98,8 @@ def train(context: StageContext) -> StageResult:
     """Train the student with its distiller; goes on from a checkpoint in the directory."""
     recipe, data_artifact = context.recipe, context.inputs["data"]
     config = recipe.sections["training"]
-    student = build_student(recipe.model, len(data_artifact.manifest.facts["class_names"]), pretrained=True)
+    num_classes = len(data_artifact.manifest.facts["class_names"])
+    student = build_student(recipe.model, num_classes, pretrained=True, seed=config.seed)
     result = train_student(
         student,
         recipe.sections["distiller"],

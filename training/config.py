@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
 
 
@@ -63,6 +64,14 @@ class TrainingConfig:
         for field in ("max_iter", "images_per_batch", "checkpoint_period_iters", "log_period_iters"):
             if getattr(self, field) < 1:
                 raise ValueError(f"training.{field} is {getattr(self, field)}, expected at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"training.num_workers is {self.num_workers}, expected 0 or more")
+        increasing = all(a < b for a, b in itertools.pairwise((0, *self.lr_decay_iters, self.max_iter)))
+        if self.lr_decay_iters and not increasing:
+            raise ValueError(
+                f"training.lr_decay_iters is {self.lr_decay_iters}, expected increasing iterations below "
+                f"training.max_iter = {self.max_iter}"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"training.learning_rate is {self.learning_rate}, expected more than 0")
         if any(not 0 <= fraction <= 1 for fraction in self.evaluate_at):

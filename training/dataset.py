@@ -10,17 +10,16 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.structures import BoxMode
 from PIL import Image
-from pycocotools import mask as coco_mask
 
 from training import coco_validation
 
@@ -32,6 +31,14 @@ class DatasetError(ValueError):
     """The data set that a recipe names is missing or wrong; nothing was trained."""
 
     exit_code = 2
+
+
+class UnusableImageError(DatasetError):
+    """An image is damaged or of another size than the annotation file says, found while it was being used."""
+
+    def __init__(self, message: str) -> None:
+        # A worker's exception is raised again in the training process with the worker's traceback as its message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,8 @@ class DatasetConfig:
     seed: int = 0
     digest_pixels: bool = False
     """Whether the data set's digest covers the images' bytes, not only their names and sizes."""
+    drop_degenerate_boxes: bool = False
+    """Whether boxes of zero width or height are left out; otherwise they are an error. COCO train2017 has two."""
 
     def __post_init__(self) -> None:
         if (self.train is None) != (self.validation is None):
@@ -86,10 +95,16 @@ class CocoDataset:
     """Mean number of boxes of the images that have one."""
     share_small: float
     """Share of boxes with width × height below 32² pixels of the file."""
+    num_dropped_boxes: int = 0
+    """Boxes of the user's file that are left out; no other number here counts them."""
+    changes: tuple[str, ...] = ()
+    """What the copy that detectron2 and pycocotools read changes of the user's file; empty: they read the file."""
 
 
 def read_coco(annotation_file: Path, image_dir: Path | None = None) -> CocoDataset:
-    """Read and validate a COCO-format data set without decoding an image.
+    """Read and validate a COCO-format data set, usable as it is, without decoding an image.
+
+    :func:`training.coco_normalization.read_repairable` also takes a file that has to be repaired first.
 
     Args:
         annotation_file: COCO JSON with ``images``, ``annotations`` and ``categories``.
@@ -101,18 +116,25 @@ def read_coco(annotation_file: Path, image_dir: Path | None = None) -> CocoDatas
         DatasetError: if anything is missing or wrong; says what, where and what to do.
     """
     annotation_file = Path(os.path.abspath(annotation_file))
-    document = _document(annotation_file)
+    document = parsed(annotation_file)
+    raise_if_any(annotation_file, coco_validation.encoding_problems(annotation_file))
+    raise_if_any(annotation_file, coco_validation.annotation_id_problems(document["annotations"]))
+    return described(annotation_file, image_dir, document)
+
+
+def described(annotation_file: Path, image_dir: Path | None, document: Mapping[str, Any]) -> CocoDataset:
+    """The data set of a parsed annotation file, with everything validated but the ids of its annotations."""
     categories, images, annotations = (document[key] for key in ("categories", "images", "annotations"))
-    _raise_if_any(annotation_file, coco_validation.category_problems(categories))
-    _raise_if_any(annotation_file, coco_validation.image_problems(images))
+    raise_if_any(annotation_file, coco_validation.category_problems(categories))
+    raise_if_any(annotation_file, coco_validation.image_problems(images))
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
-    _raise_if_any(
+    raise_if_any(
         annotation_file, coco_validation.annotation_problems(annotations, {entry["id"] for entry in categories}, sizes)
     )
     if image_dir is None:
         image_dir = _found_image_dir(annotation_file, images[0]["file_name"])
     image_dir = Path(os.path.abspath(image_dir))
-    _raise_if_any(annotation_file, coco_validation.file_problems(image_dir, [image["file_name"] for image in images]))
+    raise_if_any(annotation_file, coco_validation.file_problems(image_dir, [image["file_name"] for image in images]))
 
     boxes = [entry for entry in annotations if not entry["iscrowd"]]
     num_small = sum(entry["bbox"][2] * entry["bbox"][3] < _SMALL_BOX_AREA for entry in boxes)
@@ -157,7 +179,7 @@ def dataset_digest(dataset: CocoDataset, *, include_pixels: bool = False) -> str
 
 def detectron2_dicts(dataset: CocoDataset) -> list[dict[str, Any]]:
     """The data set in detectron2's standard format, in the order of the annotation file; labels are contiguous."""
-    document = _document(dataset.annotation_file)
+    document = parsed(dataset.annotation_file)
     class_indices = {category_id: index for index, category_id in enumerate(dataset.category_ids)}
     records: dict[int, dict[str, Any]] = {}
     for image in document["images"]:
@@ -176,11 +198,25 @@ def detectron2_dicts(dataset: CocoDataset) -> list[dict[str, Any]]:
             "category_id": class_indices[entry["category_id"]],
             "iscrowd": int(entry["iscrowd"]),
         }
-        segmentation = _usable_segmentation(entry.get("segmentation"), record["height"], record["width"])
+        segmentation = coco_validation.usable_segmentation(entry.get("segmentation"), record["height"], record["width"])
         if segmentation is not None:
             instance["segmentation"] = segmentation
         record["annotations"].append(instance)
     return list(records.values())
+
+
+class CheckedMapper(DatasetMapper):
+    """detectron2's mapper; an image that it cannot use is a :class:`DatasetError` that names the file."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(dataset_dict)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = {"id": dataset_dict["image_id"], **dataset_dict}
+            problem = coco_validation.pixel_problem(Path(dataset_dict["file_name"]).parent, image)
+            if problem is None:
+                raise
+            raise UnusableImageError(problem) from error
 
 
 def register_with_detectron2(name: str, dataset: CocoDataset) -> None:
@@ -207,16 +243,16 @@ def check_readable(dataset: CocoDataset, *, max_images: int = 5000) -> int:
     Raises:
         DatasetError: if a file is damaged, no image, gigantic, or of another size than the annotation file says.
     """
-    images = _document(dataset.annotation_file)["images"][:max_images]
+    images = parsed(dataset.annotation_file)["images"][:max_images]
     with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
         # Gigantic images only warn up to twice Pillow's limit. The filter belongs to the process, not to a thread.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         problems = list(pool.map(lambda image: coco_validation.pixel_problem(dataset.image_dir, image), images))
-    _raise_if_any(dataset.annotation_file, (problem for problem in problems if problem is not None))
+    raise_if_any(dataset.annotation_file, (problem for problem in problems if problem is not None))
     return len(images)
 
 
-def _raise_if_any(annotation_file: Path, problems: Iterator[str]) -> None:
+def raise_if_any(annotation_file: Path, problems: Iterator[str]) -> None:
     """Raise :class:`DatasetError` with the first problems and the number of the others."""
     first = list(islice(problems, _MAX_MESSAGES))
     if first:
@@ -225,7 +261,7 @@ def _raise_if_any(annotation_file: Path, problems: Iterator[str]) -> None:
         raise DatasetError(f"{annotation_file}: {' '.join(first)}{more}")
 
 
-def _document(annotation_file: Path) -> dict[str, Any]:
+def parsed(annotation_file: Path) -> dict[str, Any]:
     """The parsed annotation file, with its three lists present."""
     if not annotation_file.is_file():
         raise DatasetError(
@@ -239,19 +275,7 @@ def _document(annotation_file: Path) -> dict[str, Any]:
             f"{annotation_file}: not valid JSON ({error}). Expected a COCO annotation file; if it was downloaded or "
             f"copied, it may be cut off: fetch it again."
         ) from error
-    found = sorted(document) if isinstance(document, dict) else type(document).__name__
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
-            raise DatasetError(
-                f"{annotation_file}: no list {key!r} at the top level; found {found}. Expected COCO's object detection "
-                f"format with the lists images, annotations and categories."
-            )
-        wrong = [entry for entry in document[key] if not isinstance(entry, dict)]
-        if wrong or (key != "annotations" and not document[key]):
-            raise DatasetError(
-                f"{annotation_file}: the list {key!r} {f'holds {wrong[0]!r:.40}' if wrong else 'is empty'}. Expected "
-                f"one JSON object for each of the {key}."
-            )
+    raise_if_any(annotation_file, coco_validation.structure_problems(document))
     return document
 
 
@@ -268,13 +292,3 @@ def _found_image_dir(annotation_file: Path, first_file_name: str) -> Path:
         f"{annotation_file}: its first image {first_file_name!r} is in none of the folders looked in: {tried}. Name "
         f"the image folder with dataset.train_images=FOLDER or dataset.validation_images=FOLDER."
     )
-
-
-def _usable_segmentation(segmentation: Any, height: int, width: int) -> Any:
-    """Polygons of three points or more, or a compressed RLE; None when there is no usable mask."""
-    if isinstance(segmentation, dict):
-        if isinstance(segmentation.get("counts"), list):
-            return coco_mask.frPyObjects(segmentation, height, width)
-        return segmentation
-    polygons = [polygon for polygon in segmentation or [] if len(polygon) % 2 == 0 and len(polygon) >= 6]
-    return polygons or None

@@ -63,8 +63,22 @@ def _or_zero(value: float) -> float:
     return 0.0 if math.isnan(value) else float(value)
 
 
+class DeviceUnavailable(RuntimeError):
+    """The recipe asks for a GPU, or for what only a GPU can do, and there is none."""
+
+    exit_code = 4
+
+
 def resolve_device(device: str) -> torch.device:
-    """``"auto"`` to the GPU where there is one, else the CPU."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    """``"auto"`` to the GPU where there is one, else the CPU.
+
+    Raises:
+        DeviceUnavailable: ``"cuda"`` without a usable GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise DeviceUnavailable(
+            "training.device=cuda, but torch finds no usable NVIDIA GPU on this machine; use training.device=auto or "
+            "cpu, or check the driver with nvidia-smi"
+        )
+    return torch.device("cuda" if has_gpu and device != "cpu" else "cpu")

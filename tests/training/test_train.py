@@ -12,8 +12,9 @@ from training.config import TrainingConfig
 from training.dataset import CocoDataset, read_coco
 from training.distillers import LgdConfig, NoDistillerConfig
 from training.embedded_dataset import generate
+from training.evaluate import DeviceUnavailable
 from training.optimization import learning_rate_factor
-from training.train import METRICS_FILE, TrainingResult, train
+from training.train import METRICS_FILE, LossNotFinite, TrainingInputError, TrainingResult, train
 
 LGD = LgdConfig(distill_from_iter=1, freeze_backbone_until_iter=0, num_heads=4)
 
@@ -97,8 +98,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(
     tmp_path: Path, datasets: dict[str, CocoDataset]
 ) -> None:
     wild = config(50, learning_rate=1e12, clip_gradient_value=None, checkpoint_period_iters=1)
-    with pytest.raises(FloatingPointError, match="iteration="):
+    with pytest.raises(LossNotFinite, match=r"iteration=.*learning_rate"):
         run(tmp_path, datasets, wild, NoDistillerConfig())
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_training(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(DeviceUnavailable, match=r"training\.device=cuda"):
+        run(tmp_path, datasets, config(device="cuda"))
+    with pytest.raises(DeviceUnavailable, match=r"training\.precision=bf16"):
+        run(tmp_path, datasets, config(precision="bf16"))
+
+
+def test_a_missing_initial_checkpoint_is_refused_by_its_path(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+    with pytest.raises(TrainingInputError, match=r"training.init_checkpoint=/nowhere\.pth"):
+        run(tmp_path, datasets, config(init_checkpoint="/nowhere.pth"))
 
 
 def test_warm_up_leads_into_the_schedule() -> None:
@@ -115,6 +130,8 @@ def test_warm_up_leads_into_the_schedule() -> None:
     ("change", "message"),
     [
         ({"max_iter": 0}, "training.max_iter is 0, expected at least 1"),
+        ({"num_workers": -1}, "training.num_workers is -1, expected 0 or more"),
+        ({"lr_decay_iters": (3, 1)}, "expected increasing iterations below training.max_iter = 4"),
         ({"learning_rate": -1.0}, "training.learning_rate is -1.0, expected more than 0"),
         ({"evaluate_at": (2.0,)}, "expected fractions from 0 to 1"),
         ({"short_edge_pixels": (400,)}, "none above training.max_edge_pixels = 128"),

@@ -15,6 +15,12 @@ from detectron2.modeling.backbone import Backbone
 from torch import Tensor, nn
 
 
+class WeightsUnusable(ValueError):
+    """Pretrained weights are missing or are not those of the architecture."""
+
+    exit_code = 2
+
+
 class TimmBackbone(Backbone):
     """A timm feature extractor whose outputs are named after detectron2's ResNet stages.
 
@@ -30,8 +36,8 @@ class TimmBackbone(Backbone):
             does; small batches cannot estimate better ones.
 
     Raises:
-        FileNotFoundError: the weights are not there.
-        ValueError: the model lacks a stage, or the weights do not fit the model.
+        WeightsUnusable: the weights are not there or do not fit the model.
+        ValueError: the model lacks a stage.
     """
 
     def __init__(
@@ -89,7 +95,7 @@ def weights_path(weights: str) -> Path:
         return Path(weights)
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"weights {weights!r}: the package {package!r} is not installed")
+        raise WeightsUnusable(f"weights {weights!r}: the package {package!r} is not installed")
     return Path(spec.submodule_search_locations[0]) / relative
 
 
@@ -100,7 +106,7 @@ def load_weights(body: nn.Module, path: Path) -> None:
     tensors are taken in order, shape by shape; what comes after the last stage (the classifier) is left out.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"pretrained weights not found: {path}")
+        raise WeightsUnusable(f"pretrained weights not found: {path}; check `weights` of the recipe's backbone")
     source = torch.load(path, map_location="cpu", weights_only=True)
     target = body.state_dict()
     if all(key in source for key in target):
@@ -110,7 +116,7 @@ def load_weights(body: nn.Module, path: Path) -> None:
     wrong = [key for key, value in target.items() if key not in renamed or renamed[key].shape != value.shape]
     if wrong:
         found = tuple(renamed[wrong[0]].shape) if wrong[0] in renamed else "nothing"
-        raise ValueError(
+        raise WeightsUnusable(
             f"{path}: the weights do not fit the model: {wrong[0]} is {tuple(target[wrong[0]].shape)} in the model and "
             f"{found} in the file ({len(wrong)} of {len(target)} tensors differ); use the weights of this architecture"
         )
