@@ -17,7 +17,9 @@ from pipeline.status import read_failure
 from pipeline.training_stages import dataset_of
 from training.dataset import detectron2_dicts
 
-NUM_GALLERY_IMAGES = 12
+NUM_GALLERY_IMAGES = 10
+MAX_GALLERY_OBJECTS = 8  # more captions than that cover each other
+SIZE_EDGES = (32**2, 96**2)  # COCO's small, medium and large, in square pixels of the file
 
 
 def report(context: StageContext) -> StageResult:
@@ -37,7 +39,7 @@ def report(context: StageContext) -> StageResult:
 
 
 def _gallery(context: StageContext) -> list[GalleryImage]:
-    """Validation images spread over the set, with the detections of the first and of the last row that has any."""
+    """Validation images, with the detections of the first and of the last row that has any."""
     if "data" not in context.inputs or "validate" not in context.inputs:
         return []
     rows = [
@@ -52,9 +54,21 @@ def _gallery(context: StageContext) -> list[GalleryImage]:
         name: detections_by_image(artifact.path(detections_file(name)), dataset)
         for artifact, name in (rows[0], rows[-1])
     }
-    records = [record for record in detectron2_dicts(dataset) if record["annotations"]]
-    step = max(1, len(records) // NUM_GALLERY_IMAGES)
-    return [_gallery_image(record, found) for record in records[::step][:NUM_GALLERY_IMAGES]]
+    return [_gallery_image(record, found) for record in _shown(detectron2_dicts(dataset))]
+
+
+def _shown(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Images worth looking at, spread over the set: a few objects of as many sizes as can be, whatever was found."""
+
+    def num_sizes(record: dict[str, Any]) -> int:
+        areas = [a["bbox"][2] * a["bbox"][3] for a in record["annotations"] if not a["iscrowd"]]
+        readable = 1 < len(areas) <= MAX_GALLERY_OBJECTS
+        return len(set(np.digitize(areas, SIZE_EDGES))) if readable else min(len(areas), 1)
+
+    # Stretches of the set, and the best image of each; a stretch of empty images gives none.
+    stretches = np.array_split(np.arange(len(records)), min(NUM_GALLERY_IMAGES, len(records)))
+    best = [max((records[i] for i in stretch), key=num_sizes) for stretch in stretches]
+    return [record for record in best if record["annotations"]]
 
 
 def _gallery_image(record: dict[str, Any], found: dict[str, dict[int, Detections]]) -> GalleryImage:

@@ -71,7 +71,11 @@ def build_report(
         "lineage": [],
         "environment": {
             "machine": _flat({key: value for key, value in environment.items() if key != "versions"}),
-            "versions": _flat(environment.get("versions") or {}),
+            "versions": {
+                # The distribution is named only where its name is another one.
+                name: str(version).removeprefix(f"{name} ") if version else "not installed"
+                for name, version in _flat(environment.get("versions") or {}).items()
+            },
         },
         "commands": _commands(manifests, accuracy),
     }
@@ -97,14 +101,16 @@ def _gates(manifests: Manifests) -> list[dict[str, Any]]:
 
 
 def _absent(manifests: Manifests, failure: Facts | None, gates: Sequence[Facts]) -> dict[str, str]:
-    """Why each stage without a manifest has none."""
+    """Why each stage that did no work did none: it left no manifest, or one that says that it could not run here."""
     stopped_at = [gate["stage"] for gate in gates if gate["status"] == "failed"]
     stopped_at += [failure.get("stage")] if failure else []
     reasons = {}
     for stage in STAGE_READS:
         if stage in manifests:
-            continue
-        if failure and failure.get("stage") == stage:
+            facts = manifests[stage].get("facts") or {}
+            if facts.get("status") == NOT_RUN:
+                reasons[stage] = str(facts.get("reason") or "no reason recorded")
+        elif failure and failure.get("stage") == stage:
             reasons[stage] = f"stopped with {failure.get('type')}: {first_line(failure.get('message'))}"
         else:
             reasons[stage] = f"the run stopped at {stopped_at[0]}" if stopped_at else "not part of this run"
@@ -137,7 +143,9 @@ def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, 
         sentence = f"Accuracy of {failed_rows[0]['name']} failed: {failed_rows[0]['reason'] or 'no reason recorded'}"
     elif absent:
         word, stage = "INCOMPLETE", None
-        sentence = f"All {passed} gates that ran passed, but {_listed(list(absent))} did not run."
+        sentence = f"All {passed} gates that ran passed, but {_listed(list(absent))} did not run"
+        reasons = set(absent.values())
+        sentence += f": {reasons.pop().rstrip('.')}." if len(reasons) == 1 else "."
     else:
         word, stage = "PASS", None
         num_stages = sum(stage["status"] == "passed" for stage in report["lineage"])
@@ -160,11 +168,15 @@ def _failed_gates(failed: Sequence[Facts]) -> str:
 
 
 def value_text(value: object) -> str:
-    """A gate's value or limit for reading: four significant digits, words as they are."""
+    """A gate's value or limit for reading: four significant digits, two of a tiny one, words as they are."""
     if value is None:
         return "none"
     if isinstance(value, float):
-        return f"{value:.4g}".replace("-", "−")
+        text = f"{value:.4g}"
+        if value and abs(value) < 1e-3:  # rounding noise: its order of magnitude is what matters
+            mantissa, _, exponent = f"{value:.1e}".partition("e")
+            text = f"{mantissa}e{int(exponent)}"
+        return text.replace("-", "−")
     return str(value)
 
 
@@ -177,8 +189,6 @@ def _not_run(report: Mapping[str, Any], absent: Mapping[str, str]) -> list[dict[
     stopped = report["failure"]["stage"] if report["failure"] else None  # the verdict's sentence is about this one
     found = [(f"stage {stage}", reason) for stage, reason in absent.items() if stage != stopped]
     engine, container = report["engine"], report["deployment"]["container"]
-    if "engine" not in absent and engine["status"] == NOT_RUN:
-        found.append(("TensorRT engine", engine["reason"]))
     for part, name in (("inspector", "engine inspector"), ("run", "running the engine")):
         if str(engine[part] or "").startswith(NOT_RUN):
             found.append((name, str(engine[part]).removeprefix(NOT_RUN).lstrip(": ")))
@@ -223,22 +233,21 @@ def _headline(report: Mapping[str, Any]) -> dict[str, Any]:
 def _lineage(manifests: Manifests, absent: Mapping[str, str], report: Mapping[str, Any]) -> list[dict[str, Any]]:
     failed = {gate["stage"] for gate in report["gates"] if gate["status"] == "failed"}
     failed |= {report["failure"]["stage"]} if report["failure"] else set()
-    skipped = dict(absent)
-    if report["engine"]["status"] == NOT_RUN:
-        skipped["engine"] = report["engine"]["reason"]  # a manifest that says that nothing was built is no pass
     stages = []
     for stage, reads in STAGE_READS.items():
         manifest = manifests.get(stage) or {}
-        status = "failed" if stage in failed else NOT_RUN if stage in skipped else "passed"
+        files = sections.files_of(manifest)
+        status = "failed" if stage in failed else NOT_RUN if stage in absent else "passed"
         stages.append(
             {
                 "stage": stage,
                 "reads": list(reads),
                 "status": status,
-                "reason": skipped.get(stage),
+                "reason": absent.get(stage),
                 **sections.pick(manifest, ("fingerprint", "seconds", "command")),
                 "inputs": _flat(manifest.get("inputs") or {}),
-                "files": sections.files_of(manifest),
+                "files": files[: sections.MAX_FILES],
+                "num_files": len(files),
                 "manifest": f"../{stage}/manifest.json" if manifest else None,
             }
         )

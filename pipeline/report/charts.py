@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, MUTED, GRID, PAPER = "#000001", "#000002", "#000003", "#000004"
 STATUS = {"passed": "#000005", "failed": "#000006", "not run": "#000007"}
@@ -50,6 +51,7 @@ BREAKDOWN = (
     ("compute_infer_ms", "compute infer", SERIES[0]),
     ("compute_output_ms", "compute output", SERIES[3]),
 )
+OUTLIER_RATIO = 10.0  # between the slowest and the fastest point of a latency chart
 # Column and row of each stage in the lineage graph.
 _PLACES = {
     "data": (0, 0),
@@ -77,7 +79,7 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
         drawn["breakdown"] = _svg("breakdown", (4.8, 3.0), _breakdown, latency["closed_loop"])
     if any(row["request_rate"] is not None for row in latency["open_loop"]):
         drawn["open_loop"] = _svg("open", (4.8, 2.7), _open_loop, latency)
-    if any(row["delta"] is not None for row in report["per_class"]["rows"]):
+    if any(row["delta"] for row in report["per_class"]["rows"]):  # bars of length zero show nothing
         drawn["per_class"] = _svg("classes", (4.8, 2.9), _per_class, report["per_class"]["rows"])
     return drawn
 
@@ -103,8 +105,29 @@ def _svg(name: str, inches: tuple[float, float], draw: Callable[..., None], valu
     )
 
 
-def _legend(axes: Axes, columns: int = 1) -> None:
-    axes.legend(loc="best", ncols=columns, fontsize=8, handlelength=1.4)
+def _legend(axes: Axes, columns: int = 4) -> None:
+    """Above the axes, where no line can run through it."""
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, fontsize=8, handlelength=1.2, columnspacing=1.2
+    )
+
+
+def _plain_log(axes: Axes) -> None:
+    """A logarithmic y axis labelled 1, 2, 5, 10, not in powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _latency_axis(axes: Axes, milliseconds: Sequence[float]) -> None:
+    """From zero, or logarithmic where one slow point would press all others onto the axis."""
+    axes.set(ylabel="latency (ms)")
+    if min(milliseconds, default=0.0) > 0 and max(milliseconds) > OUTLIER_RATIO * min(milliseconds):
+        _plain_log(axes)
+        axes.set_ylabel("latency (ms, logarithmic)")
+    else:
+        axes.set_ylim(0, None)
 
 
 def _ap_curve(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
@@ -128,9 +151,10 @@ def _losses(axes: Axes, losses: Mapping[str, Sequence[Mapping[str, float]]]) -> 
             label=name,
         )
     if all(point["value"] > 0 for points in losses.values() for point in points):
-        axes.set_yscale("log")  # the terms differ by orders of magnitude
-    axes.set(xlabel="iteration", ylabel="loss")
-    _legend(axes, columns=2)
+        _plain_log(axes)  # the terms differ by orders of magnitude
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.set(xlabel="iteration", ylabel="loss (logarithmic)" if axes.get_yscale() == "log" else "loss")
+    _legend(axes)
 
 
 def _latency_throughput(axes: Axes, latency: Mapping[str, Any]) -> None:
@@ -152,9 +176,11 @@ def _latency_throughput(axes: Axes, latency: Mapping[str, Any]) -> None:
             alone["throughput"], alone["p50_ms"], marker="D", linestyle="", color=SERIES[2], label="p50, in process"
         )
     _objective(axes, latency)
-    axes.set(xlabel="throughput (images/s)", ylabel="latency (ms)", ylim=(0, None))
     axes.margins(y=0.12)
-    _legend(axes)
+    seen = [row[percentile] for row in rows for percentile in ("p50_ms", "p99_ms") if row[percentile] is not None]
+    _latency_axis(axes, seen + ([alone["p50_ms"]] if alone and alone["p50_ms"] is not None else []))
+    axes.set(xlabel="throughput (images/s)")
+    _legend(axes, columns=2)
 
 
 def _objective(axes: Axes, latency: Mapping[str, Any]) -> None:
@@ -171,7 +197,9 @@ def _open_loop(axes: Axes, latency: Mapping[str, Any]) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], label=percentile.removesuffix("_ms"))
     _objective(axes, latency)
-    axes.set(xlabel="request rate (images/s)", ylabel="latency (ms)", ylim=(0, None))
+    rows = latency["open_loop"]
+    _latency_axis(axes, [row[key] for row in rows for key in ("p50_ms", "p99_ms") if row[key] is not None])
+    axes.set(xlabel="request rate (images/s)")
     _legend(axes)
 
 
@@ -185,7 +213,7 @@ def _breakdown(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(xlabel="mean time in a request (ms)", ylabel="concurrency")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, fontsize=8, handlelength=1.0, columnspacing=1.2)
+    _legend(axes, columns=3)
 
 
 def _per_class(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -220,8 +248,9 @@ def _lineage(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
         axes.text(x, y + 0.15, stage["stage"], ha="center", va="center", fontsize=9, fontweight="bold")
         below = (stage["fingerprint"] or "").removeprefix("sha256:")[:8] or "–"
         axes.text(x, y - 0.03, below, ha="center", va="center", fontsize=7, color=MUTED)
-        seconds = f"{stage['seconds']:.0f} s · " if stage["seconds"] is not None else ""
-        axes.text(x, y - 0.2, seconds + stage["status"], ha="center", va="center", fontsize=7, color=colour)
+        seconds = stage["seconds"]
+        time = "" if seconds is None else f"{seconds:.0f} s · " if seconds < 120 else f"{seconds / 60:.1f} min · "
+        axes.text(x, y - 0.2, time + stage["status"], ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlim=(-0.5, 6.5), ylim=(-1.4, 0.85))
     axes.axis("off")
 

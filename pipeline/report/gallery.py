@@ -16,9 +16,11 @@ from PIL import Image, ImageDraw, ImageFont
 from export.signature import Detections
 
 SCORE_FLOOR = 0.3  # the score from which batch invariance is judged too: what a person would call "detected"
-PANEL_EDGE_PIXELS = 360  # enlarges small images so that labels stay readable, and keeps 12 images under 2 MB
-FONT_PIXELS = 12
+PANEL_EDGE_PIXELS = 480  # enlarges small images so that labels stay readable, and keeps 10 images under 2 MB
+FONT_PIXELS = 14
 JPEG_QUALITY = 82
+
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture drawn on
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,9 +96,17 @@ def draw_boxes(
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     canvas = picture.resize(size, Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(canvas)
-    # Small boxes last, so that a large neighbour does not hide them.
-    for index in sorted(range(len(captions)), key=lambda i: -_area(boxes[i])):
-        _draw_box(draw, [float(edge) * scale for edge in boxes[index]], captions[index], _colour(int(labels[index])))
+    # Small boxes last, so that a large neighbour does not hide them; captions over all boxes.
+    order = sorted(range(len(captions)), key=lambda i: -_area(boxes[i]))
+    edges = [[float(edge) * scale for edge in box] for box in boxes]
+    for index in order:
+        left, top, right, bottom = edges[index]
+        # PIL refuses a rectangle whose right edge is left of its left edge; a box thinner than a pixel is still drawn.
+        corners = (left, top, max(left, right), max(top, bottom))
+        draw.rectangle(corners, outline=_colour(int(labels[index])), width=2)
+    taken: list[Rectangle] = []
+    for index in order:
+        taken.append(_draw_caption(draw, edges[index], captions[index], _colour(int(labels[index])), taken))
     return canvas
 
 
@@ -104,18 +114,32 @@ def _area(box: np.ndarray) -> float:
     return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
-def _draw_box(draw: ImageDraw.ImageDraw, box: Sequence[float], caption: str, colour: tuple[int, int, int]) -> None:
-    left, top, right, bottom = box
-    # PIL refuses a rectangle whose right edge is left of its left edge; a box thinner than a pixel is still drawn.
-    draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
+def _draw_caption(
+    draw: ImageDraw.ImageDraw,
+    box: Sequence[float],
+    caption: str,
+    colour: tuple[int, int, int],
+    taken: Sequence[Rectangle],
+) -> Rectangle:
+    """Write ``caption`` at a corner of ``box``, at the first that hides no other caption; the value is its place."""
     font = ImageFont.load_default(size=FONT_PIXELS)
-    width = draw.textlength(caption, font=font) + 4
-    height = FONT_PIXELS + 2
+    width, height = draw.textlength(caption, font=font) + 4, FONT_PIXELS + 2
     canvas_width, canvas_height = draw.im.size
-    x = min(max(0.0, left), max(0.0, canvas_width - width))
-    y = top - height if top >= height else min(bottom, canvas_height - height)
-    draw.rectangle((x, y, x + width, y + height), fill=colour)
-    draw.text((x + 2, y - 1), caption, fill=(0, 0, 0), font=font)
+    left, top, right, bottom = box
+    corners = [(x, y) for y in (top - height, bottom, top, bottom - height) for x in (left, right - width)]
+    inside = [
+        (min(max(0.0, x), max(0.0, canvas_width - width)), min(max(0.0, y), max(0.0, canvas_height - height)))
+        for x, y in corners
+    ]
+    places = [(x, y, x + width, y + height) for x, y in inside]
+    place = next((place for place in places if not any(_overlap(place, other) for other in taken)), places[0])
+    draw.rectangle(place, fill=colour)
+    draw.text((place[0] + 2, place[1] - 1), caption, fill=(0, 0, 0), font=font)
+    return place
+
+
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _colour(label: int) -> tuple[int, int, int]:

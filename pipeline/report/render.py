@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pipeline.report.charts import charts
 
 TEMPLATES = Path(__file__).parent / "templates"
 MISSING = "–"
+COMMAND_WIDTH = 110
 
 
 def write_report(report: Mapping[str, Any], directory: Path) -> None:
@@ -55,6 +57,8 @@ def _environment() -> jinja2.Environment:
         "words": words,
         "fact": lambda value, key: fact(key, value),
         "moment": moment,
+        "capability": capability,
+        "shell_lines": shell_lines,
     }
     return environment
 
@@ -119,7 +123,7 @@ def text_of(value: object) -> str:
         return ", ".join(text_of(item) for item in value) or MISSING
     if isinstance(value, Mapping):
         return ", ".join(f"{words(key)} {fact(key, item)}" for key, item in value.items()) or MISSING
-    return value_text(value)
+    return count(value) if isinstance(value, int) else value_text(value)
 
 
 def fact(key: object, value: object) -> str:
@@ -130,9 +134,28 @@ def fact(key: object, value: object) -> str:
 def words(key: object) -> str:
     """A fact's key as words: ``max_p99_ms`` becomes ``max p99 (ms)``."""
     text = "images" if key == "num" else str(key).removeprefix("num_").replace("_", " ")
+    text = {"gpus": "GPUs", "gpu driver": "GPU driver", "gpu reason": "why no GPU", "cpu": "CPU"}.get(text, text)
+    text = {"dirty": "uncommitted changes", "cores": "CPU cores"}.get(text, text)
     for unit in ("ms", "seconds", "pixels", "percent"):
         text = f"{text.removesuffix(f' {unit}')} ({unit})" if text.endswith(f" {unit}") else text
     return text.removesuffix(" bytes")
+
+
+def capability(value: object) -> str:
+    """A compute capability as NVIDIA writes it: ``"89"`` is 8.9, ``"120"`` is 12.0."""
+    text = str(value)
+    return f"{text[:-1]}.{text[-1]}" if text.isdigit() and len(text) > 1 else text
+
+
+def shell_lines(command: object) -> str:
+    """A long command over several lines, broken between arguments; still a command that can be pasted."""
+    lines: list[str] = []
+    for word in re.findall(r"(?:'[^']*'|\S)+", text_of(command)):
+        if lines and len(lines[-1]) + len(word) < COMMAND_WIDTH:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}" if lines else word)
+    return " \\\n".join(lines)
 
 
 def moment(value: str) -> str:

@@ -48,7 +48,9 @@ LATENCY_KEYS = (
     "compute_infer_ms",
     "compute_output_ms",
 )
+INVARIANCE_KEYS = ("num_images", "batch_sizes", "mean_batch_size", "num_matched", "num_unmatched", "score_floor")
 MAX_CURVE_POINTS = 200
+MAX_FILES = 12  # a generated data set has thousands; the manifest names them all
 TRAINING_FRACTIONS = (0.0, 0.25, 1.0)
 FRACTION_TOLERANCE = 0.05
 
@@ -59,10 +61,11 @@ def pick(facts: Facts | None, keys: Sequence[str]) -> dict[str, Any]:
 
 
 def section(stage: str, manifests: Manifests, absent: Mapping[str, str]) -> tuple[Facts, dict[str, Any]]:
-    """The facts of ``stage`` and the head of its section; ``absent`` says why a stage has no manifest."""
-    if stage not in manifests:
-        return {}, {"status": NOT_RUN, "reason": absent.get(stage, "no manifest")}
-    return manifests[stage].get("facts") or {}, {"status": AVAILABLE, "reason": None}
+    """The facts of ``stage`` and the head of its section; ``absent`` says why a stage did not run."""
+    facts = (manifests.get(stage) or {}).get("facts") or {}
+    if stage in absent:
+        return facts, {"status": NOT_RUN, "reason": absent[stage]}
+    return facts, {"status": AVAILABLE, "reason": None}
 
 
 def dataset(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def dataset(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
 
 
 def accuracy(manifests: Manifests, absent: Mapping[str, str], gates: Sequence[Facts]) -> dict[str, Any]:
-    """Every accuracy row, the reference first, with its distance to the reference and to the row it is held against."""
+    """Every accuracy row, the reference first, with its distance to the reference and to torch on the same canvas."""
     sources = [(row, stage) for stage in ("validate", "deploy") for row in _facts_rows(manifests, stage)]
     sources.sort(key=lambda source: source[0].get("name") != REFERENCE_ROW)
     sizes = {digest: size for _, digest, size in _all_files(manifests)}
@@ -83,7 +86,9 @@ def accuracy(manifests: Manifests, absent: Mapping[str, str], gates: Sequence[Fa
     if rows:
         head = {"status": AVAILABLE, "reason": None}
     missing = [
-        {"stage": stage, "reason": absent[stage]} for stage in ("validate", "deploy") if stage in absent and rows
+        {"stage": stage, "reason": absent[stage]}
+        for stage in ("validate", "deploy")
+        if rows and stage in absent and not _facts_rows(manifests, stage)
     ]
     return {**head, "reference": REFERENCE_ROW, "rows": rows, "missing": missing}
 
@@ -92,13 +97,11 @@ def _accuracy_row(
     row: Facts, stage: str, average_precision: Facts, sizes: Mapping[str, Any], gates: Sequence[Facts]
 ) -> dict[str, Any]:
     name, runner = row.get("name"), row.get("runner")
-    default = None if name == REFERENCE_ROW else REFERENCE_ROW if name == CANVAS_ROW else CANVAS_ROW
-    compared_with = row.get("compared_with", default)
-    delta = row.get("delta")
+    compared = name not in (REFERENCE_ROW, CANVAS_ROW)  # the canvas row's distance to itself says nothing
     held = [
         pick(gate, ("name", "value", "limit", "status"))
         for gate in gates
-        if gate["stage"] == stage and name and str(name) in str(gate["name"])
+        if gate["stage"] == stage and compared and name and str(name) in str(gate["name"])
     ]
     gate_failed = any(gate["status"] == "failed" for gate in held)
     digest = row.get("digest")
@@ -112,8 +115,7 @@ def _accuracy_row(
         "delta_to_reference": None
         if name == REFERENCE_ROW
         else difference(row.get("AP"), average_precision.get(REFERENCE_ROW)),
-        "compared_with": compared_with,
-        "delta": difference(row.get("AP"), average_precision.get(compared_with)) if delta is None else delta,
+        "delta_to_canvas": difference(row.get("AP"), average_precision.get(CANVAS_ROW)) if compared else None,
         "digest": digest,
         "size_bytes": row.get("size_bytes", sizes.get(str(digest))),
         "command": row.get("command"),
@@ -197,8 +199,6 @@ def onnx_model(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any
 def engine(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """The TensorRT engine, or why there is none."""
     facts, head = section("engine", manifests, absent)
-    if facts.get("status") == NOT_RUN:
-        head = {"status": NOT_RUN, "reason": facts.get("reason")}
     keys = ("library", "version", "precision", "compute_capabilities", "size_bytes", "seconds", "inspector", "run")
     return {**head, **pick(facts, keys), "layers_by_dtype": facts.get("layers_by_dtype") or {}}
 
@@ -209,7 +209,7 @@ def parity(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     deployed, _ = section("deploy", manifests, absent)
     keys = ("num_images", "num_matched", "num_unmatched", "min_iou", "max_score_error", "max_box_error_pixels")
     invariance = [
-        {"where": where, **values}
+        {"where": where, **{key: values[key] for key in INVARIANCE_KEYS if values.get(key) is not None}}
         for where, values in (
             ("in process", facts.get("batch_invariance")),
             ("live endpoint", deployed.get("batch_invariance")),
@@ -238,7 +238,7 @@ def per_class(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]
 def deployment(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """Where the model version runs, and the container command that was or was not executed."""
     facts, head = section("deploy", manifests, absent)
-    keys = ("model_name", "version", "server", "url", "repository", "mean_batch_size")
+    keys = ("model_name", "version", "server", "repository", "mean_batch_size", "concurrency")
     container = facts.get("container")
     return {
         **head,
@@ -268,11 +268,12 @@ def _facts_rows(manifests: Manifests, stage: str) -> list[Facts]:
 
 
 def files_of(manifest: Facts) -> list[dict[str, Any]]:
-    """Name, digest and size of every file a stage wrote."""
-    return [
+    """Name, digest and size of every file a stage wrote, largest first."""
+    files = [
         {"name": name, "digest": record.get("sha256"), "size_bytes": record.get("size_bytes")}
         for name, record in (manifest.get("files") or {}).items()
     ]
+    return sorted(files, key=lambda file: -(file["size_bytes"] or 0))
 
 
 def _all_files(manifests: Manifests) -> list[tuple[str, str, Any]]:

@@ -5,15 +5,21 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from export.signature import Detections
 from pipeline.report import GalleryImage, build_report, write_report
 from pipeline.report.build import STAGE_READS
+from pipeline.report.charts import charts
+from pipeline.report.gallery import draw_boxes
+from pipeline.report.render import capability, shell_lines, text_of
+from pipeline.report_stage import _shown
 
 MANIFESTS = Path(__file__).with_name("test_report_manifests.json")
 NO_GPU = "no NVIDIA GPU"
@@ -142,16 +148,16 @@ def test_the_reference_row_comes_first_and_every_row_has_its_differences(manifes
     rows = report_of(run_dir, manifests)["accuracy"]["rows"]
     assert [row["name"] for row in rows][:2] == ["detectron2", "torch, fixed canvas"]
     by_name = {row["name"]: row for row in rows}
-    assert by_name["torch, fixed canvas"]["delta"] == pytest.approx(-0.09)
-    assert by_name["torch, fixed canvas"]["compared_with"] == "detectron2"
+    assert by_name["torch, fixed canvas"]["delta_to_reference"] == pytest.approx(-0.09)
+    assert by_name["torch, fixed canvas"]["delta_to_canvas"] is None
     live = by_name["Triton, concurrency 8"]
     assert live["delta_to_reference"] == pytest.approx(24.928 - 25.02)
-    assert live["delta"] == pytest.approx(24.928 - 24.93)
+    assert live["delta_to_canvas"] == pytest.approx(24.928 - 24.93)
     assert live["gates"] == [
         {"name": "AP drop, Triton, concurrency 8", "value": 0.002, "limit": 0.05, "status": "passed"}
     ]
     assert live["size_bytes"] == 49_900_000
-    assert by_name["TensorRT"]["delta"] is None
+    assert by_name["TensorRT"]["delta_to_canvas"] is None
 
 
 def test_a_failed_gate_is_named_first_and_the_rest_of_the_report_is_there(manifests: Any, run_dir: Path) -> None:
@@ -218,9 +224,50 @@ def test_a_number_that_json_cannot_say_becomes_null(manifests: Any, run_dir: Pat
 def test_an_engine_that_was_not_built_says_why(manifests: Any, run_dir: Path) -> None:
     manifests["engine"]["facts"] = {"status": "not run", "reason": "no TensorRT library is installed"}
     report = report_of(run_dir, manifests)
-    assert {"what": "TensorRT engine", "reason": "no TensorRT library is installed"} in report["verdict"]["not_run"]
+    assert {"what": "stage engine", "reason": "no TensorRT library is installed"} in report["verdict"]["not_run"]
     assert {stage["stage"]: stage["status"] for stage in report["lineage"]}["engine"] == "not run"
-    assert "in 7 stages" in report["verdict"]["sentence"]
+    assert report["verdict"]["status"] == "INCOMPLETE"
+    assert report["verdict"]["sentence"].endswith("engine did not run: no TensorRT library is installed.")
+
+
+def without_docker(manifests: dict[str, Any]) -> str:
+    """Turns the manifests into those of ``serving.server=container`` without a Docker engine; the value is why."""
+    reason = "never executed here: no Docker engine answered (docker is not installed)"
+    deploy = manifests["deploy"]
+    container = {"command": "docker run --rm --gpus=all tritonserver", "executed": False, "reason": reason}
+    row = {"name": "Triton", "status": "not run", "reason": reason}
+    deploy["facts"] = {"status": "not run", "reason": reason, "server": "container", "container": container}
+    deploy["facts"]["rows"] = [row]
+    deploy["gates"] = manifests["benchmark"]["gates"] = []
+    manifests["benchmark"]["facts"] = {"status": "not run", "reason": reason}
+    return reason
+
+
+def test_a_skipped_stage_never_looks_like_a_pass(manifests: Any, run_dir: Path) -> None:
+    reason = without_docker(manifests)
+    report = report_of(run_dir, manifests)
+    assert report["verdict"]["status"] == "INCOMPLETE"
+    assert report["verdict"]["sentence"].endswith(
+        f"gates that ran passed, but deploy and benchmark did not run: {reason}."
+    )
+    for what in ("stage deploy", "stage benchmark", "accuracy of Triton", "container command"):
+        assert {"what": what, "reason": reason} in report["verdict"]["not_run"]
+    for stage in report["lineage"][-2:]:
+        assert (stage["status"], stage["reason"]) == ("not run", reason)
+    for section in ("deployment", "latency"):
+        assert (report[section]["status"], report[section]["reason"]) == ("not run", reason)
+    page, markdown = written(report, run_dir)
+    assert "<title>INCOMPLETE" in page
+    assert "2 s · passed" not in re.sub(r"(?s).*>benchmark<", "", page)
+    for text in (read_page(page).text, markdown):
+        assert "docker run --rm --gpus=all tritonserver" in text  # what to type on a machine that has Docker
+        assert text.count(reason) >= 8
+
+
+def test_a_failed_gate_outweighs_a_skipped_stage(manifests: Any, run_dir: Path) -> None:
+    without_docker(manifests)
+    manifests["validate"]["gates"][0]["passed"] = False
+    assert report_of(run_dir, manifests)["verdict"]["status"] == "FAIL"
 
 
 def test_a_row_that_failed_is_never_part_of_a_pass(manifests: Any, run_dir: Path) -> None:
@@ -278,7 +325,7 @@ def test_text_from_outside_cannot_become_markup(manifests: Any, run_dir: Path) -
     assert "<script" not in page
     assert "<b>bold" not in page
     row = next(line for line in markdown.splitlines() if "alert(1)" in line)
-    assert len(re.findall(r"(?<!\\)\|", row)) == 16
+    assert len(re.findall(r"(?<!\\)\|", row)) == 15
 
 
 def test_every_table_of_the_markdown_is_rectangular(manifests: Any, run_dir: Path) -> None:
@@ -292,5 +339,62 @@ def test_every_table_of_the_markdown_is_rectangular(manifests: Any, run_dir: Pat
 def test_each_command_appears_once_with_everything_it_gives(manifests: Any, run_dir: Path) -> None:
     commands = report_of(run_dir, manifests)["commands"]
     assert len({item["command"] for item in commands}) == len(commands)
-    given = [what for item in commands for what in item["gives"]]
-    assert {"stage data", "row ONNX Runtime", "row Triton, concurrency 8"} <= set(given)
+    given = {what: item["command"] for item in commands for what in item["gives"]}
+    assert {what for what in given if what.startswith("stage ")} == {f"stage {stage}" for stage in STAGE_READS}
+    for row, stage in (("ONNX Runtime", "validate"), ("TensorRT", "validate"), ("Triton, concurrency 8", "deploy")):
+        assert given[f"row {row}"] == given[f"stage {stage}"] == f"python -m pipeline run embedded --until {stage}"
+
+
+def test_numbers_are_written_for_reading() -> None:
+    assert [text_of(value) for value in (0.05, -3.1e-05, 0.0, 1834, True)] == [
+        "0.05",
+        "−3.1e−5",
+        "0",
+        "1\u202f834",
+        "yes",
+    ]
+    assert [capability(value) for value in ("75", "120")] == ["7.5", "12.0"]
+    command = "docker run " + " ".join(f"--option-{index}='a  value'" for index in range(20))
+    assert max(map(len, shell_lines(command).splitlines())) < 120
+    assert shlex.split(shell_lines(command).replace("\\\n", "")) == shlex.split(command)
+
+
+@pytest.mark.parametrize(("slowest", "word"), [(20.0, ">latency (ms)<"), (2000.0, ">latency (ms, logarithmic)<")])
+def test_one_slow_percentile_does_not_flatten_the_latency_chart(
+    slowest: float, word: str, manifests: Any, run_dir: Path
+) -> None:
+    for row in manifests["benchmark"]["facts"]["closed_loop"]:
+        row.update(p50_ms=15.0, p99_ms=slowest)
+    manifests["benchmark"]["facts"]["in_process"].update(p50_ms=14.0)
+    assert word in charts(report_of(run_dir, manifests))["latency"]
+
+
+def test_a_stage_with_thousands_of_files_is_listed_by_its_largest(manifests: Any, run_dir: Path) -> None:
+    manifests["data"]["files"] = {f"{i:04}.jpg": {"sha256": "0" * 64, "size_bytes": i} for i in range(2400)}
+    report = report_of(run_dir, manifests)
+    assert [file["name"] for file in report["lineage"][0]["files"][:2]] == ["2399.jpg", "2398.jpg"]
+    page, _ = written(report, run_dir)
+    assert page.count(".jpg ") == len(report["lineage"][0]["files"]) == 12
+    assert "2\u202f396 more" in page
+
+
+def test_captions_do_not_cover_each_other() -> None:
+    boxes = np.array([[40, 60, 150, 140], [41, 61, 151, 141], [42, 62, 149, 139]], dtype=np.float32)
+    picture = Image.new("RGB", (400, 200))
+    alone = [np.array(draw_boxes(picture, boxes[i : i + 1], np.array([i]), ["worm 0.5"])) for i in range(3)]
+    together = np.array(draw_boxes(picture, boxes, np.arange(3), ["worm 0.5"] * 3))
+    for image in alone:
+        colour = image[60:62, 60:140].reshape(-1, 3).max(axis=0)
+        painted = np.all(image == colour, axis=-1).sum()
+        assert np.all(together == colour, axis=-1).sum() > 0.6 * painted
+
+
+def test_the_gallery_shows_objects_of_different_sizes_from_all_over_the_set() -> None:
+    def record(index: int, *edges: int) -> dict[str, Any]:
+        objects = [{"bbox": [0, 0, edge, edge], "iscrowd": 0, "category_id": 0} for edge in edges]
+        return {"image_id": index, "annotations": objects}
+
+    sizes = [(10,), (), (10, 50, 120), (50, 50), tuple(range(8, 140, 4))] * 20
+    shown = _shown([record(index, *edges) for index, edges in enumerate(sizes)])
+    assert [image["image_id"] for image in shown] == list(range(2, 100, 10))
+    assert _shown([record(0), record(1)]) == []
