@@ -249,7 +249,7 @@ def _lineage(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
         below = (stage["fingerprint"] or "").removeprefix("sha256:")[:8] or "–"
         axes.text(x, y - 0.03, below, ha="center", va="center", fontsize=7, color=MUTED)
         seconds = stage["seconds"]
-        time = "" if seconds is None else f"{seconds:.0f} s · " if seconds < 120 else f"{seconds / 60:.1f} min · "
+        time = "" if seconds is None else f"{seconds:.0f} s · " if seconds < 120 else f"{seconds / 60:.0f} min · "
         axes.text(x, y - 0.2, time + stage["status"], ha="center", va="center", fontsize=7, color=colour)
     axes.set(xlim=(-0.5, 6.5), ylim=(-1.4, 0.85))
     axes.axis("off")
