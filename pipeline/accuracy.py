@@ -176,7 +176,7 @@ class AccuracyTable:
             return ""
         before, after = self._per_class[ON_CANVAS], self._per_class[name]
         names = dict(zip(self._signature.category_ids, self._signature.class_names, strict=True))
-        drops = sorted((after[key] - before[key], names[key]) for key in names if after[key] < before[key])
+        drops = sorted((after[key] - before[key], names[key]) for key in names if after[key] < before[key] - 0.05)
         return "; largest class drops: " + ", ".join(f"{c!r} {d:.2f}" for d, c in drops[:2]) if drops else ""
 
 
