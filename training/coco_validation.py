@@ -112,9 +112,11 @@ def repetition_problems(annotations: Sequence[Mapping[str, Any]]) -> Iterator[st
     """The same annotation listed again: it would count as another object."""
     first: dict[int, Mapping[str, Any]] = {}
     for entry in annotations:
-        if is_integer(entry.get("id")) and (known := first.setdefault(entry["id"], entry)) is not entry:
-            if known == entry:
-                yield f"annotation id {entry['id']} is listed again with the same content: remove the repetition."
+        if not is_integer(entry.get("id")):
+            continue
+        known = first.setdefault(entry["id"], entry)
+        if known is not entry and known == entry:
+            yield f"annotation id {entry['id']} is listed again with the same content: remove the repetition."
 
 
 def annotation_problems(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 from PIL import Image
@@ -18,9 +18,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from training.dataset import (
+    CheckedMapper,
     CocoDataset,
     DatasetConfig,
     DatasetError,
+    UnusableImageError,
     check_readable,
     check_same_classes,
     dataset_digest,
@@ -125,6 +127,26 @@ def test_the_stock_mapper_reads_the_records(annotation_file: Path) -> None:
     assert instances[0].gt_classes.tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "usable"),
+    [
+        ([4, 4, 20, 4, 20, 20], [[4, 4, 20, 4, 20, 20]]),
+        ([[4, 4, 20, 4, 20, 20], [1, 1, 2, 2], 7, None], [[4, 4, 20, 4, 20, 20]]),
+        ([4, 4, 20, 4], None),
+        ({"size": [HEIGHT, WIDTH], "counts": [0, "many"]}, None),
+        ({"counts": [0, HEIGHT * WIDTH]}, None),
+        ({"size": [HEIGHT, WIDTH]}, None),
+        ("none", None),
+        (5, None),
+    ],
+)
+def test_a_mask_in_another_form_is_understood_or_left_out(tmp_path: Path, segmentation: Any, usable: Any) -> None:
+    content = document()
+    content["annotations"][0]["segmentation"] = segmentation
+    instance = detectron2_dicts(read_coco(write(tmp_path, content)))[0]["annotations"][0]
+    assert instance.get("segmentation") == usable
+
+
 @pytest.mark.parametrize("place", ["images", "../train", "../images", "."])
 def test_the_image_folder_is_found_in_the_usual_places(annotation_file: Path, place: str) -> None:
     folder = annotation_file.parent / "annotations"
@@ -170,6 +192,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "category is a list": (annotation(1, category_id=[3]), r"annotation id 11 has the category id \[3\]"),
     "category absent": (without("annotations", "category_id"), r"annotation id 10 has the category id None"),
     "annotation twice": (annotation(1, id=10), r"annotation id 10 is used 2 times"),
+    "annotation id zero": (annotation(1, id=0), r"annotation id 0 counts as no object .*ids from 1"),
     "annotation without id": (without("annotations", "id"), r"annotation number 0 has the id None"),
     "unknown image": (annotation(3, image_id=99), r"annotation id 13 has the image id 99"),
     "image twice": (image(1, id=1), r"image id 1 is used 2 times"),
@@ -178,8 +201,8 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "box not finite": (annotation(0, bbox=[1, 2, float("nan"), 4]), r"annotation id 10 .*finite"),
     "box infinite": (annotation(0, bbox=[1, 2, float("inf"), 4]), r"annotation id 10 .*finite"),
     "box absent": (without("annotations", "bbox"), r"annotation id 10 has the box None"),
-    "box of zero width": (annotation(2, bbox=[1, 2, 0, 4]), r"id 12 \(image id 1\).*zero or negative.*remove this"),
-    "box of negative height": (annotation(2, bbox=[1, 2, 3, -4]), r"id 12 \(image id 1\).*zero or negative"),
+    "box of zero width": (annotation(2, bbox=[1, 2, 0, 4]), r"id 12 .*remove .*dataset\.drop_degenerate_boxes=true"),
+    "box of negative height": (annotation(2, bbox=[1, 2, 3, -4]), r"id 12 \(image id 1\).*negative.*annotation\.$"),
     "box outside right": (annotation(0, bbox=[60, 0, 5.1, 5]), r"id 10 .* outside its image id 1 of 64 × 48"),
     "box outside left": (annotation(0, bbox=[-1.1, 0, 5, 5]), r"id 10 .* outside its image id 1"),
     "box outside below": (annotation(0, bbox=[0, 40, 5, 9.1]), r"id 10 .* outside its image id 1"),
@@ -226,6 +249,9 @@ def test_a_missing_a_truncated_and_a_foreign_annotation_file_are_refused(annotat
         annotation_file.write_text(damaged, encoding="latin-1")
         with pytest.raises(DatasetError, match=r"instances_train\.json: not valid JSON .*fetch it again"):
             read_coco(annotation_file)
+    annotation_file.write_text(text, encoding="utf-8-sig")
+    with pytest.raises(DatasetError, match=r"encoded as utf-8-sig; expected utf-8"):
+        read_coco(annotation_file)
     annotation_file.write_text("[1, 2]")
     with pytest.raises(DatasetError, match="no list 'images' at the top level; found list"):
         read_coco(annotation_file)
@@ -295,6 +321,36 @@ def test_damaged_pixels_are_found_and_named(
     with pytest.raises(DatasetError, match=message):
         check_readable(dataset)
     assert check_readable(dataset, max_images=1) == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, r"^image id 2: .*2\.jpg cannot be read \(.*No such file.*fetch it again"),
+        (damage_by_truncation, r"^image id 2: .*2\.jpg cannot be read \(.*truncated.*fetch it again"),
+        (damage_by_size, r"^image id 2: .*2\.jpg is 65 × 48 pixels and the annotation file says 64 × 48"),
+    ],
+)
+def test_pixels_damaged_after_the_check_are_named_by_the_loader(
+    annotation_file: Path, damage: Callable[[Path], None], message: str, num_workers: int
+) -> None:
+    dataset = read_coco(annotation_file)
+    damage(dataset.image_dir / "2.jpg")
+    mapper = CheckedMapper(is_train=True, augmentations=[], image_format="RGB")
+    loader = build_detection_test_loader(detectron2_dicts(dataset), mapper=mapper, num_workers=num_workers)
+    with pytest.raises(UnusableImageError, match=message) as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, DatasetError)
+
+
+def test_an_error_that_is_not_the_images_stays_what_it_is(annotation_file: Path) -> None:
+    record = detectron2_dicts(read_coco(annotation_file))[0]
+    record["annotations"][0]["bbox"] = ["four", "words", "no", "numbers"]
+    with pytest.raises(ValueError, match="str") as caught:
+        CheckedMapper(is_train=True, augmentations=[], image_format="RGB")(record)
+    assert not isinstance(caught.value, DatasetError)
 
 
 def test_a_photo_turned_by_its_exif_entry_has_the_turned_size(tmp_path: Path) -> None:
