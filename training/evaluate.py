@@ -8,13 +8,13 @@ import math
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetMapper, build_detection_test_loader
+from detectron2.data import build_detection_test_loader
 from detectron2.data import transforms as T
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from torch import nn
 from torch.utils.data import DataLoader
 
-from training.dataset import CocoDataset, detectron2_dicts, register_with_detectron2
+from training.dataset import CheckedMapper, CocoDataset, detectron2_dicts, register_with_detectron2
 
 RESULTS_FILE = "coco_instances_results.json"
 
@@ -51,7 +51,7 @@ def inference_loader(
     detector: nn.Module, dataset: CocoDataset, short_edge_pixels: int, max_edge_pixels: int
 ) -> DataLoader:
     """detectron2's test loader: one image a batch, in the order of the annotation file."""
-    mapper = DatasetMapper(
+    mapper = CheckedMapper(
         is_train=False,
         augmentations=[T.ResizeShortestEdge(short_edge_pixels, max_edge_pixels)],
         image_format=detector.input_format,

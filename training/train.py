@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from training.checkpoint import StudentCheckpointer
 from training.config import TrainingConfig
-from training.dataset import CocoDataset, detectron2_dicts
+from training.dataset import CheckedMapper, CocoDataset, detectron2_dicts
 from training.detection_losses import distilled_levels
 from training.distilled_detector import DistillationHook, DistilledDetector
 from training.evaluate import DeviceUnavailable, resolve_device
@@ -241,7 +241,7 @@ def _train_loader(student: nn.Module, config: TrainingConfig, dataset: CocoDatas
     augmentations.append(T.RandomFlip())
     return build_detection_train_loader(
         dataset=records,
-        mapper=DatasetMapper(is_train=True, augmentations=augmentations, image_format=student.input_format),
+        mapper=CheckedMapper(is_train=True, augmentations=augmentations, image_format=student.input_format),
         sampler=_ResumedSampler(len(records), seed=config.seed, num_drawn=start_iter * config.images_per_batch),
         total_batch_size=config.images_per_batch,
         aspect_ratio_grouping=False,
