@@ -32,6 +32,8 @@ SPLIT_KEYS = (
     "num_crowd_boxes",
     "objects_per_image",
     "share_small",
+    "num_dropped_boxes",
+    "changes",
 )
 LATENCY_KEYS = (
     "throughput",
