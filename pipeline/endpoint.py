@@ -11,12 +11,20 @@ from typing import Any
 from export.signature import DetectorSignature
 from pipeline import environment
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.errors import ArtifactError, RecipeError
+from pipeline.errors import ArtifactError
 from serving.client import TritonRunner, load_model
 from serving.config import ServingConfig
 from serving.model_config import DynamicBatching, InstanceGroup
-from serving.model_repository import publish, verify
-from serving.servers import SERVERS, Ports
+from serving.model_repository import (
+    RepositoryDamaged,
+    ServedVersion,
+    publish,
+    serve_again,
+    verify,
+    verify_config,
+    versions,
+)
+from serving.servers import SERVERS, Ports, ServerError
 from serving.servers.container import container_command, docker_engine_missing
 
 REPOSITORY = "model_repository"
@@ -25,12 +33,24 @@ DEFAULT_PORTS = Ports(grpc=8001, http=8000, metrics=8002)
 
 def repository_of(config: ServingConfig, run_dir: Path) -> Path:
     """The model repository that a run publishes to."""
-    if config.url is not None and config.repository is None:
-        raise RecipeError(
-            f"serving.url={config.url} names a server that already runs, so serving.repository must name the model "
-            "repository it reads; give serving.repository=/path/to/its/repository"
-        )
     return Path(config.repository) if config.repository else run_dir / REPOSITORY
+
+
+def check_server(config: ServingConfig) -> None:
+    """Check that the recipe's server can start here; cheap. One at ``serving.url``, or one that never runs here since
+    there is no Docker engine, is nothing of this machine.
+
+    Raises:
+        ServerError: this machine lacks something.
+    """
+    if config.url is not None or not_executable(config) is not None:
+        return
+    SERVERS[config.server].check()
+    if config.device == "cuda" and not environment.facts()["gpus"]:
+        raise ServerError(
+            f"serving.device=cuda asks for a GPU, but there is {environment.facts()['gpu_reason']}; set "
+            "serving.device=cpu, or auto to use a GPU where there is one"
+        )
 
 
 def publish_version(
@@ -44,11 +64,23 @@ def publish_version(
         signature=signature,
         backend=config.backend_of_server,  # type: ignore[arg-type]  # ServingConfig has checked it
         provenance=provenance,
-        instance_group=InstanceGroup(kind="GPU" if has_gpu() else "CPU", count=config.num_instances),
+        instance_group=instance_group(config, config.backend_of_server),
         dynamic_batching=dynamic_batching(config),
         num_threads=config.num_threads or 0,
         allow_spinning=config.allow_spinning,
     )
+
+
+def instance_group(config: ServingConfig, backend: str) -> InstanceGroup:
+    """Where the model runs; Triton's tensorrt backend has GPUs only."""
+    if uses_gpu(config) or backend == "tensorrt":
+        return InstanceGroup(kind="GPU", count=config.num_instances, gpus=(0,))
+    return InstanceGroup(kind="CPU", count=config.num_instances)
+
+
+def uses_gpu(config: ServingConfig) -> bool:
+    """What ``serving.device`` comes to on this machine."""
+    return config.device == "cuda" or (config.device == "auto" and bool(environment.facts()["gpus"]))
 
 
 def dynamic_batching(config: ServingConfig) -> DynamicBatching:
@@ -57,10 +89,6 @@ def dynamic_batching(config: ServingConfig) -> DynamicBatching:
         max_queue_size=config.max_queue_size,
         default_timeout_microseconds=config.queue_timeout_microseconds,
     )
-
-
-def has_gpu() -> bool:
-    return bool(environment.facts()["gpus"])
 
 
 def not_executable(config: ServingConfig) -> str | None:
@@ -73,7 +101,7 @@ def not_executable(config: ServingConfig) -> str | None:
 
 def docker_line(config: ServingConfig, repository: Path) -> str:
     """The exact ``docker run`` line that serves the repository in NVIDIA's image."""
-    return shlex.join(container_command(repository, [config.model_name], DEFAULT_PORTS, has_gpu()))
+    return shlex.join(container_command(repository, [config.model_name], DEFAULT_PORTS, uses_gpu(config)))
 
 
 @contextlib.contextmanager
@@ -88,10 +116,17 @@ def live_endpoint(config: ServingConfig, repository: Path, log_path: Path) -> It
         [config.model_name],
         ports=Ports(grpc=config.grpc_port, http=config.http_port, metrics=config.metrics_port),
         log_path=log_path,
-        use_gpu=has_gpu(),
+        use_gpu=uses_gpu(config),
         ready_timeout_seconds=config.ready_timeout_seconds,
     ) as server:
         yield server.grpc_url
+
+
+def serve_previous(config: ServingConfig, repository: Path, previous: ServedVersion) -> None:
+    """Have an earlier version served again, by the running server at once and by the next one that starts."""
+    serve_again(repository, previous)
+    if config.url is not None:
+        load_model(config.url, config.model_name, timeout_seconds=config.ready_timeout_seconds)
 
 
 def runner_of(config: ServingConfig, url: str) -> TritonRunner:
@@ -99,7 +134,12 @@ def runner_of(config: ServingConfig, url: str) -> TritonRunner:
 
 
 def deployed(run_dir: Path) -> Artifact:
-    """The verified deploy artifact of a run, its model version verified too."""
+    """The verified deploy artifact of a run, with what it published verified too.
+
+    Raises:
+        ArtifactError: nothing was deployed, or the artifact is damaged.
+        RepositoryDamaged: the version published, the one served in its place or the configuration was changed.
+    """
     if not (run_dir / "deploy").is_dir():
         raise ArtifactError(
             f"artifact missing: {run_dir / 'deploy'} is not there, so nothing was deployed; run "
@@ -107,8 +147,25 @@ def deployed(run_dir: Path) -> Artifact:
         )
     artifact = open_artifact(run_dir / "deploy")
     facts = artifact.manifest.facts
-    verify(repository_path(facts, run_dir) / facts["model_name"] / str(facts["version"]))
+    repository, name = repository_path(facts, run_dir), facts["model_name"]
+    try:
+        for version in sorted({facts["version"], served_version_of(facts)}):
+            verify(repository / name / str(version))
+        # A newer version is another run's in a shared repository, and so is the configuration then.
+        if max(versions(repository, name)) == facts["version"]:
+            verify_config(repository, name, facts["config_digest"])
+    except RepositoryDamaged as error:
+        command = artifact.manifest.command.removesuffix(" --until deploy")
+        raise RepositoryDamaged(
+            f"{error}. Publish the model anew, which leaves damaged versions as they are: {command} --from deploy "
+            "--force"
+        ) from error
     return artifact
+
+
+def served_version_of(facts: dict[str, Any]) -> int:
+    """The version that a server serves after the deployment that the facts describe."""
+    return facts["rolled_back_to"] or facts["version"]
 
 
 def repository_path(facts: dict[str, Any], run_dir: Path) -> Path:

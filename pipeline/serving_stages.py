@@ -11,71 +11,126 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from export.parity import MatchResult, combined, match_detections
 from export.runners import OnnxRuntimeRunner
-from export.signature import Detections, DetectorSignature
+from export.signature import DetectorSignature
 from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable, canvases_of
 from pipeline.endpoint import (
+    check_server,
     deployed,
     docker_line,
     dynamic_batching,
-    has_gpu,
+    instance_group,
     live_endpoint,
     not_executable,
     publish_version,
     repository_of,
     repository_path,
-    runner_of,
+    serve_previous,
+    served_version_of,
+    uses_gpu,
 )
+from pipeline.endpoint_proof import prove
+from pipeline.errors import Unavailable
 from pipeline.export_stages import ENGINE, ONNX_MODEL
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import dataset_of
-from serving.client import run_concurrently
+from serving.client import check_reachable
 from serving.config import BenchmarkConfig, ServingConfig
 from serving.load_generator import closed_loop, measure_in_process, open_loop
-from serving.model_config import InstanceGroup, model_config_for
-from serving.servers import SERVERS, Ports
+from serving.model_config import model_config_for
+from serving.model_repository import ServedVersion, config_digest, served_version
+from serving.servers import SERVERS, Ports, ServerError
+from serving.servers.running import reason_in_log
 
 DEPLOYMENT_FILE = "deployment.json"
 SERVER_LOG = "server.log"
 BENCHMARK_FILE = "benchmark.json"
 SAMPLES_FILE = "latencies_seconds.npz"
-CONCURRENCY = 8
-NUM_GOLDEN_IMAGES = 20
 
 
 def deploy(context: StageContext) -> StageResult:
-    """Publish a model version, start the server, and prove the live endpoint with images and AP."""
+    """Publish a model version, start the server, and prove the live endpoint with images and AP.
+
+    Nothing is published before the server is known to be there.
+    """
     config: ServingConfig = context.recipe.sections["serving"]
-    artifact = context.inputs["engine" if config.backend_of_server == "tensorrt" else "export"]
-    model_file = artifact.path(ENGINE if config.backend_of_server == "tensorrt" else ONNX_MODEL)
+    serves_engine = config.backend_of_server == "tensorrt"
+    if serves_engine:
+        _check_engine(context.inputs["engine"].manifest.facts)
+    check_server(config)
+    if config.url is not None:
+        check_reachable(config.url)
+    artifact = context.inputs["engine" if serves_engine else "export"]
+    model_file = artifact.path(ENGINE if serves_engine else ONNX_MODEL)
     signature = DetectorSignature.read(artifact.directory)
-    repository = repository_of(config, context.run_dir)
     rows = {row["name"]: row for row in context.inputs["validate"].manifest.facts["rows"]}
     provenance = {
         "run": context.run_dir.name,
         "recipe": context.recipe.name,
         "artifact": artifact.manifest.content_digest,
-        "AP": rows["ONNX Runtime"]["AP"],
+        "AP": rows["TensorRT" if serves_engine else "ONNX Runtime"].get("AP"),  # none where the engine did not run
     }
+    repository = repository_of(config, context.run_dir)
+    previous = served_version(repository, config.model_name)
     version = publish_version(config, repository, model_file, signature, provenance)
+    _write_other_configs(context, signature, provenance)
+    facts = _described(config, repository, version)
+    table = AccuracyTable(
+        dataset_of(context.inputs["data"], "validation"), signature, context, reference_ap=rows[REFERENCE]["AP"]
+    )
+    if facts["status"] == "not run":
+        line = f"{facts['reason']}. On a machine with Docker:\n{facts['container']['command']}"
+        context.console.print(line, soft_wrap=True, markup=False)
+        table.add_not_run("Triton", facts["reason"])
+        facts["rows"] = table.rows
+    else:
+        previous = None if previous is None or previous.version == version else previous
+        facts |= _proven_or_rolled_back(context, table, model_file, rows[ON_CANVAS]["AP"], previous)
+    facts["config_digest"] = config_digest(repository, config.model_name)
+    (context.directory / DEPLOYMENT_FILE).write_text(json.dumps(facts, indent=1))
+    return StageResult(facts=facts, gates=table.gates)
+
+
+def _check_engine(facts: dict[str, Any]) -> None:
+    """Triton's tensorrt backend reads engines of TensorRT, not those of TensorRT-RTX."""
+    if facts["status"] != "built":
+        raise Unavailable(f"serving.backend=tensorrt serves the engine, which was not built: {facts['reason']}")
+    if facts["library"] != "tensorrt":
+        raise Unavailable(
+            f"serving.backend=tensorrt serves a TensorRT engine, but {facts['library']} {facts['version']} built this "
+            "run's, which Triton's tensorrt backend cannot load. Install tensorrt, in the version of the server, "
+            "and run again from the engine stage (--from engine), or set serving.backend=onnxruntime"
+        )
+
+
+def _write_other_configs(context: StageContext, signature: DetectorSignature, provenance: dict[str, Any]) -> None:
+    """The same model's configuration for Triton's own backends, for other servers."""
+    config: ServingConfig = context.recipe.sections["serving"]
     for backend in ("onnxruntime", "tensorrt"):
         other = model_config_for(
             signature,
             name=config.model_name,
             backend=backend,
             provenance=provenance,
-            instance_group=InstanceGroup(kind="GPU" if has_gpu() else "CPU", count=config.num_instances),
+            instance_group=instance_group(config, backend),
             dynamic_batching=dynamic_batching(config),
             num_threads=config.num_threads or 0,
         )
         (context.directory / f"config.{backend}.pbtxt").write_text(other.to_pbtxt())
+
+
+def _described(config: ServingConfig, repository: Path, version: int) -> dict[str, Any]:
+    """The facts of a deployment that are known before it is proven."""
     reason = not_executable(config)
-    facts: dict[str, Any] = {
+    return {
+        "status": "served" if reason is None else "not run",
+        "reason": reason or "",
         "model_name": config.model_name,
         "version": version,
+        "rolled_back_to": None,
         "server": config.url or config.server,
         "backend": config.backend_of_server,
+        "device": "cuda" if uses_gpu(config) else "cpu",
         "repository": str(repository.absolute()) if config.repository else "",
         "container": {
             "command": docker_line(config, repository),
@@ -83,89 +138,31 @@ def deploy(context: StageContext) -> StageResult:
             "reason": reason or ("" if config.server == "container" else f"serving.server is {config.server}"),
         },
     }
-    table = AccuracyTable(
-        dataset_of(context.inputs["data"], "validation"), signature, context, reference_ap=rows[REFERENCE]["AP"]
-    )
-    if reason is not None:
-        context.console.print(f"{reason}. On a machine with Docker:\n{facts['container']['command']}", soft_wrap=True)
-        table.add_not_run("Triton", reason)
-        facts |= {"status": "not run", "reason": reason, "rows": table.rows}
-    else:
-        with live_endpoint(config, repository, context.directory / SERVER_LOG) as url:
-            facts |= {"status": "served"} | _proof(
-                context, config, table, url, model_file, rows[ON_CANVAS]["AP"], context.inputs["export"].directory
-            )
-    (context.directory / DEPLOYMENT_FILE).write_text(json.dumps(facts, indent=1))
-    return StageResult(facts=facts, gates=table.gates)
 
 
-def _proof(
-    context: StageContext,
-    config: ServingConfig,
-    table: AccuracyTable,
-    url: str,
-    model_file: Path,
-    on_canvas: float,
-    onnx_directory: Path,
+def _proven_or_rolled_back(
+    context: StageContext, table: AccuracyTable, model_file: Path, on_canvas: float, previous: ServedVersion | None
 ) -> dict[str, Any]:
-    """Golden images, AP at concurrency 1 and with mixed batches, and their agreement; gates go into ``table``."""
-    limits = context.recipe.sections["parity"]
-    with runner_of(config, url) as runner:
-        alone = [runner.run(canvas[None])[0] for canvas in table.canvases()]
-        with OnnxRuntimeRunner(onnx_directory / ONNX_MODEL, runner.signature) as in_process:
-            golden = [in_process.run(canvas[None])[0] for canvas in table.canvases(NUM_GOLDEN_IMAGES)]
-        before = runner.statistics()
-        mixed = run_concurrently(
-            url,
-            config.model_name,
-            table.canvases(),
-            concurrency=CONCURRENCY,
-            timeout_seconds=config.request_timeout_seconds,
-        )
-        batching = runner.statistics() - before
-        signature = runner.signature
-    for name, found in (("Triton, concurrency 1", alone), (f"Triton, concurrency {CONCURRENCY}", mixed)):
-        table.add(name, found, model_file, on_canvas, limits.max_ap_drop_served)
-    matched = _matched(golden, alone[: len(golden)], signature, score_floor=0.0)
-    invariant = _matched(alone, mixed, signature, score_floor=limits.min_matched_score)
-    table.gates += [
-        Gate(
-            name="golden images through the endpoint: detections without a partner",
-            value=matched.num_unmatched,
-            limit=0,
-            passed=matched.num_unmatched == 0,
-            reason=f"{matched.num_matched} detections on {matched.num_images} images, against ONNX Runtime in process",
-        ),
-        Gate(
-            name="batch invariance, Triton: detections that change in mixed batches",
-            value=invariant.num_unmatched,
-            limit=0,
-            passed=invariant.num_unmatched == 0,
-            reason=f"above score {limits.min_matched_score}; mean batch {batching.mean_batch_size:.2f}",
-        ),
+    """The facts of the proof; where it fails or cannot end, ``previous`` is what is served afterwards."""
+    config: ServingConfig = context.recipe.sections["serving"]
+    repository = repository_of(config, context.run_dir)
+    try:
+        with live_endpoint(config, repository, context.directory / SERVER_LOG) as url:
+            facts = prove(context, table, url, model_file, on_canvas)
+    except BaseException:
+        if previous is not None:
+            serve_previous(config, repository, previous)
+        raise
+    if previous is None or all(gate.passed for gate in table.gates):
+        return facts
+    serve_previous(config, repository, previous)
+    note = f"version {previous.version}, served before, is served again"
+    table.gates = [
+        gate if gate.passed else dataclasses.replace(gate, reason="; ".join(filter(None, (gate.reason, note))))
+        for gate in table.gates
     ]
-    return {
-        "rows": table.rows,
-        "golden_images": {"num": matched.num_images, "num_unmatched": matched.num_unmatched},
-        "batch_invariance": dataclasses.asdict(invariant),
-        "mean_batch_size": batching.mean_batch_size,
-        "concurrency": CONCURRENCY,
-    }
-
-
-def _matched(
-    reference: list[Detections], candidate: list[Detections], signature: DetectorSignature, *, score_floor: float
-) -> MatchResult:
-    return combined(
-        match_detections(
-            a,
-            b,
-            score_threshold=signature.score_threshold,
-            max_detections=signature.max_detections,
-            score_floor=score_floor,
-        )
-        for a, b in zip(reference, candidate, strict=True)
-    )
+    context.console.print(f"deploy: the new version failed its proof; {note}", markup=False)
+    return facts | {"rolled_back_to": previous.version}
 
 
 def benchmark(context: StageContext) -> StageResult:
@@ -204,7 +201,8 @@ def benchmark(context: StageContext) -> StageResult:
             closed.append({"concurrency": concurrency, **result.facts()})
             context.console.print(
                 f"benchmark: concurrency {concurrency}: {result.throughput:.1f} images/s, "
-                f"p50 {result.percentile_ms(50):.1f} ms, p99 {result.percentile_ms(99):.1f} ms"
+                f"p50 {result.percentile_ms(50):.1f} ms, p99 {result.percentile_ms(99):.1f} ms",
+                markup=False,
             )
         opened = []
         for rate in load.rates_for(max(row["throughput"] for row in closed)):
@@ -220,7 +218,9 @@ def benchmark(context: StageContext) -> StageResult:
             )
             results[f"open_{rate:.1f}"] = result
             opened.append({"request_rate": rate, **result.facts()})
-            context.console.print(f"benchmark: {rate:.1f} requests/s: p99 {result.percentile_ms(99):.1f} ms")
+            context.console.print(
+                f"benchmark: {rate:.1f} requests/s: p99 {result.percentile_ms(99):.1f} ms", markup=False
+            )
     np.savez_compressed(
         context.directory / SAMPLES_FILE, **{name: result.latencies_seconds for name, result in results.items()}
     )
@@ -229,7 +229,7 @@ def benchmark(context: StageContext) -> StageResult:
         "closed_loop": closed,
         "open_loop": opened,
         "in_process": in_process.facts(),
-        "serving_overhead_ms": closed[0]["p50_ms"] - in_process.percentile_ms(50),
+        "serving_overhead_ms": _alone(closed)["p50_ms"] - in_process.percentile_ms(50),
         "num_images": len(images),
         "objective": {"max_p99_ms": load.max_p99_ms},
     }
@@ -241,10 +241,10 @@ def _load_gates(closed: list[dict[str, Any]], opened: list[dict[str, Any]], load
     failures = sum(row["num_failures"] for row in closed + opened)
     gates = [Gate(name="failed requests", value=failures, limit=0, passed=failures == 0)]
     if load.max_p99_ms is not None:
-        p99 = closed[0]["p99_ms"]
+        p99 = _alone(closed)["p99_ms"]
         gates.append(
             Gate(
-                name=f"p99 latency in ms at concurrency {closed[0]['concurrency']}",
+                name="p99 latency in ms at concurrency 1",
                 value=p99,
                 limit=load.max_p99_ms,
                 passed=p99 <= load.max_p99_ms,
@@ -253,18 +253,38 @@ def _load_gates(closed: list[dict[str, Any]], opened: list[dict[str, Any]], load
     return gates
 
 
+def _alone(closed: list[dict[str, Any]]) -> dict[str, Any]:
+    """The closed-loop point of one request at a time, which ``BenchmarkConfig`` always has."""
+    return next(row for row in closed if row["concurrency"] == 1)
+
+
 def serve_in_foreground(run_dir: Path, ports: Ports, console: Console) -> None:
-    """Serve a run's deployed model until Ctrl-C."""
+    """Serve a run's deployed model until Ctrl-C.
+
+    Raises:
+        ServerError: the server cannot start, or ends by itself.
+    """
     facts = deployed(run_dir).manifest.facts
     server = facts["server"] if facts["server"] in SERVERS else "wheel"
     log_path = run_dir / SERVER_LOG
     with SERVERS[server].start(
-        repository_path(facts, run_dir), [facts["model_name"]], ports=ports, log_path=log_path, use_gpu=has_gpu()
+        repository_path(facts, run_dir),
+        [facts["model_name"]],
+        ports=ports,
+        log_path=log_path,
+        use_gpu=facts["device"] == "cuda",
     ) as running:
-        console.print(f"{facts['model_name']} version {facts['version']} is ready")
-        console.print(
-            f"  gRPC     {running.grpc_url}\n  HTTP     {running.http_url}\n  metrics  {running.metrics_url}/metrics"
+        for line in (
+            f"{facts['model_name']} version {served_version_of(facts)} is ready",
+            f"  gRPC     {running.grpc_url}",
+            f"  HTTP     {running.http_url}",
+            f"  metrics  {running.metrics_url}/metrics",
+            f"  log      {log_path}",
+            f"  try      python -m pipeline detect IMAGE --url {shlex.quote(running.grpc_url)}",
+        ):
+            console.print(line, markup=False)
+        status = running.wait()
+        raise ServerError(
+            f"the server of {facts['model_name']} ended by itself with status {status}: {reason_in_log(log_path)}. "
+            f"See {log_path}; the same command starts it again."
         )
-        console.print(f"  log      {log_path}")
-        console.print(f"  try      python -m pipeline detect IMAGE --url {shlex.quote(running.grpc_url)}")
-        running.wait()

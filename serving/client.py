@@ -179,6 +179,15 @@ def load_model(url: str, model_name: str, *, timeout_seconds: float = 120.0) -> 
             raise _translated(error, url, f"could not load model {model_name!r}") from error
 
 
+def check_reachable(url: str, *, timeout_seconds: float = 10.0) -> None:
+    """Raises ``ServerUnreachable`` when no Triton server answers at the gRPC address."""
+    with triton.InferenceServerClient(url) as client:
+        try:
+            client.is_server_live(client_timeout=timeout_seconds)
+        except InferenceServerException as error:
+            raise _translated(error, url, "did not say whether it is alive") from error
+
+
 def served_models(url: str, *, timeout_seconds: float = 10.0) -> list[str]:
     """Names of the models that are ready at a server, sorted.
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
-from serving.model_config import MODEL_FILE_OF_BACKEND
+from serving.model_config import MODEL_FILE_OF_BACKEND, check_model_name
 from serving.servers import SERVERS
 
 
@@ -15,6 +16,7 @@ class ServingConfig:
 
     Attributes:
         model_name: in the repository; ``<dataset>_<architecture>_<size>_<precision>``, no dots.
+        device: where the model runs; "auto" takes the first GPU where there is one.
         server: "wheel" (tritonserver from pip, loopback), "path" (tritonserver on PATH) or "container" (Docker).
         url: host:port of the gRPC endpoint of a server that already runs and serves ``repository`` under explicit model
             control; ``server`` is not started then.
@@ -33,6 +35,7 @@ class ServingConfig:
     """
 
     model_name: str
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     server: str = "wheel"
     url: str | None = None
     repository: str | None = None
@@ -50,7 +53,14 @@ class ServingConfig:
     request_timeout_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        check_model_name("serving.model_name", self.model_name)
+        _expect_one_of("serving.device", self.device, ("auto", "cpu", "cuda"))
         _expect_one_of("serving.server", self.server, tuple(SERVERS))
+        if self.url is not None and self.repository is None:
+            raise ValueError(
+                f"serving.url={self.url} names a server that already runs, so serving.repository must name the model "
+                "repository it reads; give serving.repository=/path/to/its/repository"
+            )
         if self.backend is not None:
             _expect_one_of("serving.backend", self.backend, tuple(MODEL_FILE_OF_BACKEND))
         if self.server == "wheel" and self.url is None and self.backend not in (None, "python"):
@@ -58,6 +68,8 @@ class ServingConfig:
                 f"serving.backend is {self.backend!r} but the wheel's server has the python backend only; "
                 "set serving.server=container or serving.server=path"
             )
+        if self.backend == "tensorrt" and self.device == "cpu":
+            raise ValueError("serving.backend is 'tensorrt', which needs a GPU, but serving.device is 'cpu'")
         for name in ("max_queue_delay_microseconds", "max_queue_size", "queue_timeout_microseconds"):
             _expect_at_least(f"serving.{name}", getattr(self, name), 0)
         _expect_at_least("serving.num_instances", self.num_instances, 1)
@@ -83,7 +95,8 @@ class BenchmarkConfig:
     """How the endpoint is measured.
 
     Attributes:
-        concurrencies: requests in flight of each closed-loop point.
+        concurrencies: requests in flight of each closed-loop point; 1 is always among them and comes first, since the
+            objective and the serving overhead refer to it.
         request_rates: requests a second of each open-loop point; none takes half and four fifths of the best
             closed-loop throughput, which fits any machine.
         seconds_per_point: measured time of a point.
@@ -108,6 +121,7 @@ class BenchmarkConfig:
         _expect_at_least("benchmark.concurrencies: their number", len(self.concurrencies), 1)
         for concurrency in self.concurrencies:
             _expect_at_least("benchmark.concurrencies: an entry", concurrency, 1)
+        object.__setattr__(self, "concurrencies", tuple(dict.fromkeys((1, *self.concurrencies))))
         for rate in self.request_rates:
             _expect_above_zero("benchmark.request_rates: an entry", rate)
         _expect_above_zero("benchmark.seconds_per_point", self.seconds_per_point)

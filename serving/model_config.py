@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -150,6 +151,12 @@ class ModelConfig:
     @classmethod
     def from_pbtxt(cls, text: str) -> ModelConfig:
         return cls.from_proto(text_format.Parse(text, proto.ModelConfig()))
+
+
+def check_model_name(where: str, name: str) -> None:
+    """Raises ValueError when a model cannot have this name, which becomes a folder and a part of URLs."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"{where} is {name!r}: only letters, digits, '_' and '-' are allowed; rename it")
 
 
 def _tensor_from_proto(tensor: Any) -> TensorConfig:

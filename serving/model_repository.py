@@ -3,11 +3,13 @@
 ``<repository>/<model>/config.pbtxt`` and ``<repository>/<model>/<version>/{model file, signature.json, labels.txt,
 manifest.json}``; the Python backend's ``model.py`` lies in the version too. Everything that belongs to one version is
 in its directory, because Triton reloads every version when a file at model level changes. A version is staged on the
-same file system and renamed into place, so a server never sees half of one, and an existing version is never touched.
+same file system and renamed into place, so a server never sees half of one, and an existing version is never touched,
+not even a damaged one: publishing goes on with the next number.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -18,8 +20,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from google.protobuf import text_format
+
 from export.signature import DetectorSignature
-from serving.model_config import MODEL_FILE_OF_BACKEND, Backend, DynamicBatching, InstanceGroup, model_config_for
+from serving.model_config import (
+    MODEL_FILE_OF_BACKEND,
+    Backend,
+    DynamicBatching,
+    InstanceGroup,
+    ModelConfig,
+    VersionPolicy,
+    check_model_name,
+    model_config_for,
+)
 
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
@@ -34,7 +47,7 @@ _NO_BYTE_CODE = "__pycache__"
 
 
 class RepositoryDamaged(RuntimeError):
-    """A file of a published version is missing or is not the one that was published."""
+    """A file of a published model is missing or is not the one that was published."""
 
     exit_code = 5
 
@@ -54,8 +67,8 @@ def publish(
 ) -> int:
     """Add a version of a model and write the model's ``config.pbtxt``.
 
-    When the newest version holds the same bytes and provenance, nothing is copied and its number is returned; the
-    configuration is rewritten only where it differs.
+    When the newest version holds the same bytes and provenance and is intact, nothing is copied and its number is
+    returned; the configuration, which says that the newest version is served, is rewritten only where it differs.
 
     Args:
         repository: created when missing.
@@ -67,10 +80,8 @@ def publish(
 
     Raises:
         ValueError: the name cannot be a model's name.
-        RepositoryDamaged: the newest version is not what its manifest says.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", model_name):
-        raise ValueError(f"model name {model_name!r}: only letters, digits, '_' and '-' are allowed; rename it")
+    check_model_name("the model name", model_name)
     config = model_config_for(
         signature,
         name=model_name,
@@ -95,10 +106,7 @@ def publish(
         (staged / MANIFEST_FILE).write_text(_manifest_text(content | {"files": _digests(staged)}))
 
         version = max(versions(repository, model_name), default=0)
-        newest = model_directory / str(version)
-        if version:
-            verify(newest)
-        if not version or (staged / MANIFEST_FILE).read_bytes() != (newest / MANIFEST_FILE).read_bytes():
+        if not _holds(model_directory / str(version), (staged / MANIFEST_FILE).read_text()):
             version += 1
             (staged / _NO_BYTE_CODE).write_text("A file, so that Python cannot write byte code into this version.\n")
             _sync(staged)
@@ -108,11 +116,61 @@ def publish(
     return version
 
 
+def _holds(version_directory: Path, manifest: str) -> bool:
+    """Whether a version is there, intact, and what the manifest says."""
+    try:
+        verify(version_directory)
+    except RepositoryDamaged:
+        return False
+    return (version_directory / MANIFEST_FILE).read_text() == manifest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedVersion:
+    """The version that a model's configuration lets a server serve, with that configuration."""
+
+    version: int
+    config: ModelConfig
+
+
+def served_version(repository: Path, model_name: str) -> ServedVersion | None:
+    """What a server would serve of a model; None where that is nothing, or nothing intact."""
+    directory = repository / model_name
+    try:
+        config = ModelConfig.from_pbtxt((directory / CONFIG_FILE).read_text())
+        version = max(config.version_policy.specific or versions(repository, model_name), default=0)
+        verify(directory / str(version))
+    except (OSError, ValueError, IndexError, text_format.ParseError, RepositoryDamaged):
+        return None
+    return ServedVersion(version=version, config=config)
+
+
+def serve_again(repository: Path, served: ServedVersion) -> None:
+    """Write the configuration that serves an earlier version and no newer one; publishing ends that."""
+    config = dataclasses.replace(served.config, version_policy=VersionPolicy(specific=(served.version,)))
+    with _only_publisher(repository) as staging:
+        _write_if_different(repository / config.name / CONFIG_FILE, config.to_pbtxt(), staging)
+
+
 def versions(repository: Path, model_name: str) -> list[int]:
     """The published versions of a model, ascending."""
     directory = repository / model_name
     names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if re.fullmatch(r"[1-9][0-9]*", name))
+
+
+def config_digest(repository: Path, model_name: str) -> str:
+    """SHA-256 of a model's configuration."""
+    return _found_digest(repository / model_name / CONFIG_FILE)
+
+
+def verify_config(repository: Path, model_name: str, expected_digest: str) -> None:
+    """Check a model's configuration against the digest it had.
+
+    Raises:
+        RepositoryDamaged: it is missing or differs.
+    """
+    _expect_digest(repository / model_name / CONFIG_FILE, expected_digest, "when it was written it had")
 
 
 def verify(version_directory: Path) -> None:
@@ -122,22 +180,26 @@ def verify(version_directory: Path) -> None:
         RepositoryDamaged: names the first file that is missing or differs.
     """
     path = version_directory / MANIFEST_FILE
-    remedy = f"Remove {version_directory} and publish the model again"
     try:
         text = path.read_text()
         files = json.loads(text)["files"]
         intact = text == _manifest_text(json.loads(text))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RepositoryDamaged(f"model repository damaged: {path} cannot be read ({error}). {remedy}.") from error
+        raise RepositoryDamaged(f"model repository damaged: {path} cannot be read ({error})") from error
     if not intact:
-        raise RepositoryDamaged(f"model repository damaged: {path} was changed after publishing. {remedy}.")
+        raise RepositoryDamaged(f"model repository damaged: {path} was changed after publishing")
     for name, expected in files.items():
-        found = _sha256(version_directory / name) if (version_directory / name).is_file() else "no such file"
-        if found != expected["sha256"]:
-            raise RepositoryDamaged(
-                f"model repository damaged: {version_directory / name} has SHA-256 {found}, "
-                f"its manifest says {expected['sha256']}. {remedy}."
-            )
+        _expect_digest(version_directory / name, expected["sha256"], "its manifest says")
+
+
+def _expect_digest(path: Path, expected: str, source: str) -> None:
+    found = _found_digest(path)
+    if found != expected:
+        raise RepositoryDamaged(f"model repository damaged: {path} has SHA-256 {found}, {source} {expected}")
+
+
+def _found_digest(path: Path) -> str:
+    return _sha256(path) if path.is_file() else "no such file"
 
 
 @contextmanager
@@ -177,7 +239,7 @@ def _sha256(path: Path) -> str:
 
 
 def _write_if_different(path: Path, text: str, staging: Path) -> None:
-    if path.is_file() and path.read_text() == text:
+    if path.is_file() and path.read_bytes() == text.encode():
         return
     staged = staging / path.name
     staged.write_text(text)

@@ -56,7 +56,8 @@ class Ports:
                 except OSError as error:
                     raise ServerError(
                         f"{field.name} port {port} on {LOOPBACK} cannot be used ({error.strerror}); stop what listens "
-                        f"there, or set serving.{field.name}_port to another port, or to 0 for a free one"
+                        f"there, or choose another port, 0 for a free one: serving.{field.name}_port in the recipe, or "
+                        f"--{field.name}-port of the serve command"
                     ) from None
                 numbers[field.name] = probe.getsockname()[1]
             return Ports(**numbers)

@@ -47,7 +47,8 @@ def main() -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)  # the server, or backend processes that outlived it
         shutil.rmtree(scratch, ignore_errors=True)
-    return server.wait()
+    status = server.wait()
+    return status if status >= 0 else 128 - status  # ended by a signal: the number a shell would give
 
 
 if __name__ == "__main__":

@@ -122,6 +122,8 @@ def _environment() -> dict[str, str]:
     if (own_libraries / _LIBPYTHON).is_file() and not own_libraries.is_relative_to("/usr"):
         # A Python built with its own shared library (pyenv, conda, standalone builds) needs none from the system.
         libraries.append(str(own_libraries))
+    # Which GPUs the user lets this machine's programs see is no business of the server's.
+    gpus = {"CUDA_VISIBLE_DEVICES": os.environ["CUDA_VISIBLE_DEVICES"]} if "CUDA_VISIBLE_DEVICES" in os.environ else {}
     return {
         # The stub embeds Python in isolation: it ignores PYTHONPATH, but finds the virtual environment, and so numpy
         # and onnxruntime, through the first python3 on PATH.
@@ -129,4 +131,5 @@ def _environment() -> dict[str, str]:
         "LD_LIBRARY_PATH": ":".join(libraries),
         "HOME": str(Path.home()),
         "LANG": "C.UTF-8",
+        **gpus,
     }

@@ -15,6 +15,11 @@ from serving.config import BenchmarkConfig, ServingConfig
         ({"server": "whale"}, r"serving\.server is 'whale', expected one of wheel, path, container"),
         ({"backend": "torch"}, r"serving\.backend is 'torch', expected one of python, onnxruntime, tensorrt"),
         ({"backend": "tensorrt"}, r"the wheel's server has the python backend only"),
+        ({"model_name": "a.b"}, r"serving\.model_name is 'a\.b': only letters"),
+        ({"model_name": ""}, r"serving\.model_name is ''"),
+        ({"device": "gpu"}, r"serving\.device is 'gpu', expected one of auto, cpu, cuda"),
+        ({"server": "path", "backend": "tensorrt", "device": "cpu"}, r"needs a GPU, but serving\.device is 'cpu'"),
+        ({"url": "there:8001"}, r"serving\.url=there:8001 .*serving\.repository must name"),
         ({"num_instances": 0}, r"serving\.num_instances is 0, expected at least 1"),
         ({"num_threads": 0}, r"serving\.num_threads is 0, expected at least 1"),
         ({"max_queue_delay_microseconds": -1}, r"serving\.max_queue_delay_microseconds is -1"),
@@ -47,10 +52,15 @@ def test_lists_from_the_command_line_become_tuples() -> None:
     assert config == BenchmarkConfig(concurrencies=(1, 2), request_rates=(5.0,))
 
 
+def test_concurrency_1_is_always_measured_and_comes_first() -> None:
+    assert BenchmarkConfig(concurrencies=(8, 4, 8)).concurrencies == (1, 8, 4)
+    assert BenchmarkConfig(concurrencies=(2, 1)).concurrencies == (1, 2)
+
+
 def test_the_backend_follows_the_server_where_it_is_left_open() -> None:
     assert ServingConfig(model_name="m").backend_of_server == "python"
     assert ServingConfig(model_name="m", server="container").backend_of_server == "onnxruntime"
-    assert ServingConfig(model_name="m", server="container", url="h:1").backend_of_server == "python"
+    assert ServingConfig(model_name="m", server="container", url="h:1", repository="/r").backend_of_server == "python"
     assert ServingConfig(model_name="m", server="path", backend="tensorrt").backend_of_server == "tensorrt"
 
 

@@ -15,7 +15,16 @@ import pytest
 import serving.model_repository as model_repository
 from export.signature import DetectorSignature
 from serving.model_config import DynamicBatching, ModelConfig
-from serving.model_repository import RepositoryDamaged, publish, verify, versions
+from serving.model_repository import (
+    RepositoryDamaged,
+    config_digest,
+    publish,
+    serve_again,
+    served_version,
+    verify,
+    verify_config,
+    versions,
+)
 
 
 def publish_model(repository: Path, model_file: Path, signature: DetectorSignature, **changes: Any) -> int:
@@ -106,9 +115,56 @@ def test_a_flipped_byte_in_any_file_is_found_and_named(
     path.write_bytes(bytes(content))
     with pytest.raises(RepositoryDamaged, match=str(path)):
         verify(path.parent)
-    with pytest.raises(RepositoryDamaged, match=str(path)):
-        publish_model(tmp_path, model_file, signature)
     assert RepositoryDamaged.exit_code == 5
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "manifest.json"])
+def test_a_damaged_version_is_left_as_it_is_and_the_next_number_published(
+    tmp_path: Path, model_file: Path, signature: DetectorSignature, name: str
+) -> None:
+    publish_model(tmp_path, model_file, signature)
+    path = tmp_path / "m" / "1" / name
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    before = tree(tmp_path / "m" / "1")
+    assert publish_model(tmp_path, model_file, signature) == 2
+    assert tree(tmp_path / "m" / "1") == before
+    verify(tmp_path / "m" / "2")
+    assert publish_model(tmp_path, model_file, signature) == 2
+
+
+def test_a_damaged_configuration_is_found_and_publishing_writes_it_anew(
+    tmp_path: Path, model_file: Path, signature: DetectorSignature
+) -> None:
+    publish_model(tmp_path, model_file, signature)
+    path = tmp_path / "m" / "config.pbtxt"
+    expected, good = config_digest(tmp_path, "m"), path.read_bytes()
+    verify_config(tmp_path, "m", expected)
+    path.write_bytes(b"\xff" + good[1:])  # not even text
+    with pytest.raises(RepositoryDamaged, match=str(path)):
+        verify_config(tmp_path, "m", expected)
+    assert served_version(tmp_path, "m") is None
+    assert publish_model(tmp_path, model_file, signature) == 1
+    assert path.read_bytes() == good
+
+
+def test_an_earlier_version_is_served_again_with_its_own_configuration_until_the_next_is_published(
+    tmp_path: Path, model_file: Path, signature: DetectorSignature
+) -> None:
+    assert served_version(tmp_path, "m") is None
+    publish_model(tmp_path, model_file, signature)
+    first = served_version(tmp_path, "m")
+    assert first is not None
+    publish_model(tmp_path, model_file, signature, provenance={"run": "b"})
+    serve_again(tmp_path, first)
+    found = served_version(tmp_path, "m")
+    assert found is not None
+    assert (found.version, found.config.version_policy.specific) == (1, (1,))
+    assert json.loads(found.config.parameters["provenance"]) == {"run": "a"}
+    publish_model(tmp_path, model_file, signature, provenance={"run": "b"})
+    assert (found := served_version(tmp_path, "m")) is not None
+    assert found.version == 2
+    (tmp_path / "m" / "2" / "labels.txt").unlink()
+    assert served_version(tmp_path, "m") is None, "a damaged version is nothing to go back to"
 
 
 def test_a_missing_file_is_found_and_named(tmp_path: Path, model_file: Path, signature: DetectorSignature) -> None:

@@ -114,7 +114,7 @@ def test_a_port_in_use_is_named_with_the_setting_that_changes_it(repository: Pat
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ServerError, match=rf"grpc port {port} on 127\.0\.0\.1 .*serving\.grpc_port"):
+        with pytest.raises(ServerError, match=rf"grpc port {port} on 127\.0\.0\.1 .*serving\.grpc_port .*--grpc-port "):
             SERVERS["wheel"].start(repository, [MODEL_NAME], ports=Ports(grpc=port), log_path=tmp_path / "log")
     assert ServerError.exit_code == 4
 
@@ -156,6 +156,17 @@ def test_a_missing_python_library_is_said_with_the_command_that_installs_it(monk
     monkeypatch.setattr(wheel, "_LIBPYTHON", f"libpython{missing}.so.1.0")
     with pytest.raises(ServerError, match=rf"apt-get install -y libpython{missing} "):
         wheel.check()
+
+
+def test_the_wheels_server_sees_the_gpus_its_caller_sees_and_nothing_else_of_the_shell(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert wheel._environment()["CUDA_VISIBLE_DEVICES"] == "1"
+    assert "PYTHONPATH" not in wheel._environment()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert "CUDA_VISIBLE_DEVICES" not in wheel._environment()
 
 
 def _has_library(name: str) -> bool:

@@ -1,0 +1,88 @@
+"""Prove a live endpoint: golden images, AP one request at a time and in mixed batches, and that the two agree."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from export.parity import MatchResult, combined, match_detections
+from export.runners import OnnxRuntimeRunner
+from export.signature import Detections, DetectorSignature
+from pipeline.accuracy import AccuracyTable
+from pipeline.endpoint import runner_of
+from pipeline.export_stages import ONNX_MODEL
+from pipeline.stage import Gate, StageContext
+from serving.client import run_concurrently
+from serving.config import ServingConfig
+
+CONCURRENCY = 8
+NUM_GOLDEN_IMAGES = 20
+
+
+def prove(context: StageContext, table: AccuracyTable, url: str, model_file: Path, on_canvas: float) -> dict[str, Any]:
+    """Add the endpoint's rows and gates to ``table``; the rest of what was found is returned.
+
+    Args:
+        url: host:port of the gRPC endpoint.
+        model_file: what is served, for the rows' digest.
+        on_canvas: AP of torch on the same canvas, which the rows' AP is held against.
+    """
+    config: ServingConfig = context.recipe.sections["serving"]
+    limits = context.recipe.sections["parity"]
+    with runner_of(config, url) as runner:
+        alone = [runner.run(canvas[None])[0] for canvas in table.canvases()]
+        with OnnxRuntimeRunner(context.inputs["export"].path(ONNX_MODEL), runner.signature) as in_process:
+            golden = [in_process.run(canvas[None])[0] for canvas in table.canvases(NUM_GOLDEN_IMAGES)]
+        before = runner.statistics()
+        mixed = run_concurrently(
+            url,
+            config.model_name,
+            table.canvases(),
+            concurrency=CONCURRENCY,
+            timeout_seconds=config.request_timeout_seconds,
+        )
+        batching = runner.statistics() - before
+        signature = runner.signature
+    for name, found in (("Triton, concurrency 1", alone), (f"Triton, concurrency {CONCURRENCY}", mixed)):
+        table.add(name, found, model_file, on_canvas, limits.max_ap_drop_served)
+    matched = _matched(golden, alone[: len(golden)], signature, score_floor=0.0)
+    invariant = _matched(alone, mixed, signature, score_floor=limits.min_matched_score)
+    table.gates += [
+        Gate(
+            name="golden images through the endpoint: detections without a partner",
+            value=matched.num_unmatched,
+            limit=0,
+            passed=matched.num_unmatched == 0,
+            reason=f"{matched.num_matched} detections on {matched.num_images} images, against ONNX Runtime in process",
+        ),
+        Gate(
+            name="batch invariance, Triton: detections that change in mixed batches",
+            value=invariant.num_unmatched,
+            limit=0,
+            passed=invariant.num_unmatched == 0,
+            reason=f"above score {limits.min_matched_score}; mean batch {batching.mean_batch_size:.2f}",
+        ),
+    ]
+    return {
+        "rows": table.rows,
+        "golden_images": {"num": matched.num_images, "num_unmatched": matched.num_unmatched},
+        "batch_invariance": dataclasses.asdict(invariant),
+        "mean_batch_size": batching.mean_batch_size,
+        "concurrency": CONCURRENCY,
+    }
+
+
+def _matched(
+    reference: list[Detections], candidate: list[Detections], signature: DetectorSignature, *, score_floor: float
+) -> MatchResult:
+    return combined(
+        match_detections(
+            a,
+            b,
+            score_threshold=signature.score_threshold,
+            max_detections=signature.max_detections,
+            score_floor=score_floor,
+        )
+        for a, b in zip(reference, candidate, strict=True)
+    )
