@@ -74,9 +74,13 @@ def start(
     check()
     ports = ports.reserve()
     scratch = Path(tempfile.mkdtemp(prefix="tritonserver-"))
+    # The Python backend starts its stub through a shell without quoting the model's path: a blank in it would leave the
+    # server waiting for ever.
+    served = scratch / "repository"
+    served.symlink_to(repository.resolve())
     command = [
         str(_tritonserver_directory() / "bin" / "tritonserver"),
-        *tritonserver_arguments(repository.resolve(), model_names, ports, LOOPBACK),
+        *tritonserver_arguments(served, model_names, ports, LOOPBACK),
         f"--backend-directory={_backend_directory(scratch)}",
         f"--allow-gpu-metrics={str(use_gpu).lower()}",
     ]

@@ -55,6 +55,7 @@ def killed_when_in(stage: str, runs: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed once in every stage and then finished."""
     folder = tmp_path_factory.mktemp("runs")
+    (folder / "started").touch()
     run_dir = folder / RECIPE.stem
     for stage in NAMES:
         killed_when_in(stage, folder)
@@ -93,9 +94,14 @@ def test_killed_in_every_stage_the_same_command_completes_and_leaves_nothing_hal
 
 
 def test_no_server_of_a_killed_or_finished_run_is_left(runs: Path) -> None:
+    started = (runs / "started").stat().st_mtime
     deadline = time.monotonic() + 15
     while True:
-        left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(runs) in " ".join(p.info["cmdline"] or [])]
+        left = [
+            p.pid
+            for p in psutil.process_iter(["cmdline", "create_time"])
+            if p.info["create_time"] > started and "tritonserver" in " ".join(p.info["cmdline"] or [])
+        ]
         if not left or time.monotonic() > deadline:
             break
         time.sleep(0.2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from export.signature import DetectorSignature
+from serving.client import served_models
 from serving.model_repository import publish
 from serving.servers import SERVERS, Ports, RunningServer, ServerError, wheel
 from serving.servers.container import IMAGE, container_command, docker_engine_missing
@@ -109,6 +111,15 @@ def test_kill_9_of_the_owner_or_of_the_supervisor_leaves_no_server(
 
 
 @needs_tritonserver
+def test_a_repository_whose_path_has_a_blank_is_served(repository: Path, tmp_path: Path) -> None:
+    blank = tmp_path / "my runs"
+    shutil.copytree(repository / MODEL_NAME, blank / MODEL_NAME)
+    with SERVERS["wheel"].start(
+        blank, [MODEL_NAME], log_path=blank / "server.log", ready_timeout_seconds=30.0
+    ) as running:
+        assert served_models(running.grpc_url) == [MODEL_NAME]
+
+
 def test_a_port_in_use_is_named_with_the_setting_that_changes_it(repository: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
