@@ -28,7 +28,7 @@ model = retinanet(
 )
 dataset = L(DatasetConfig)()
 training = L(TrainingConfig)(
-    max_iter=1000,
+    max_iter=1300,
     images_per_batch=8,
     optimizer="adamw",
     learning_rate=1e-3,
@@ -41,7 +41,7 @@ training = L(TrainingConfig)(
     num_workers=0,
     checkpoint_period_iters=100,
 )
-distiller = L(LgdConfig)(distill_from_iter=400, freeze_backbone_until_iter=0, detach_appearance=True)
+distiller = L(LgdConfig)(distill_from_iter=500, freeze_backbone_until_iter=0, detach_appearance=True)
 export = L(ExportConfig)(canvas=[256, 256], short_edge_pixels=192, max_edge_pixels=256, max_batch_size=8)
 parity = L(ParityConfig)()
 serving = L(ServingConfig)(model_name="embedded_retinanet_256_fp32", num_threads=1)  # two instances, two cores
