@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from detectron2.config import instantiate
@@ -61,6 +63,11 @@ def _basic_block() -> type:
     from detectron2.modeling.backbone.resnet import BasicBlock
 
     return BasicBlock
+
+
+def hear_ctrl_c() -> None:
+    """``preexec_fn`` of a child that gets a SIGINT: a shell's background job starts with that signal ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture

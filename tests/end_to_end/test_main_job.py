@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from conftest import hear_ctrl_c
 from PIL import Image
 
 from pipeline.__main__ import main
@@ -249,6 +250,7 @@ def served(runs: Path) -> Iterator[str]:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout is not None
     url = next(match[1] for line in process.stdout if (match := re.search(r"gRPC +(\S+)", line)))

@@ -91,11 +91,11 @@ def test_a_model_runs_where_the_recipe_says_or_on_the_gpu_that_is_there(monkeypa
     auto, cpu, cuda = (ServingConfig(model_name="m", device=device) for device in ("auto", "cpu", "cuda"))
     monkeypatch.setattr(environment, "facts", lambda: A_GPU)
     assert [uses_gpu(config) for config in (auto, cpu, cuda)] == [True, False, True]
-    assert instance_group(auto, "python") == InstanceGroup(kind="GPU", count=1, gpus=(0,))
-    assert instance_group(cpu, "onnxruntime") == InstanceGroup(kind="CPU", count=1)
+    assert instance_group(auto, "python") == InstanceGroup(kind="GPU", count=2, gpus=(0,))
+    assert instance_group(cpu, "onnxruntime") == InstanceGroup(kind="CPU", count=2)
     monkeypatch.setattr(environment, "facts", lambda: NO_GPU)
     assert [uses_gpu(config) for config in (auto, cpu, cuda)] == [False, False, True]
-    assert instance_group(auto, "python") == InstanceGroup(kind="CPU", count=1)
+    assert instance_group(auto, "python") == InstanceGroup(kind="CPU", count=2)
     assert instance_group(auto, "tensorrt").kind == "GPU", "Triton's tensorrt backend has nothing else"
 
 

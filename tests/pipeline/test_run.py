@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import hear_ctrl_c
 from rich.console import Console
 
 from pipeline.artifact import Artifact, open_artifact
@@ -341,7 +342,9 @@ SCRIPT = """
 
 def _start(run_dir: Path, slow: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(run_dir), slow]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
 
 
 def _wait_for_steps(process: subprocess.Popen[str], count: int) -> None:
