@@ -256,7 +256,10 @@ def served(runs: Path) -> Iterator[str]:
     url = next(match[1] for line in process.stdout if (match := re.search(r"gRPC +(\S+)", line)))
     yield url
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130, "Ctrl-C ends it in order"
+    try:
+        assert process.wait(30) == 130, "Ctrl-C ends it in order"
+    finally:
+        process.kill()
 
 
 @pytest.fixture
