@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def main() -> int:
         time.sleep(1.0)
     result = {
         "recipe": arguments.recipe,
-        "overrides": [override.rsplit("/", 1)[-1] if "/" in override else override for override in arguments.overrides],
+        "overrides": [re.sub(r"=.*/", "=…/", override) for override in arguments.overrides],
         "exit_code": job.returncode,
         "seconds": time.perf_counter() - started,
         "peak_memory_bytes": peak_bytes,
