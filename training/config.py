@@ -22,7 +22,6 @@ class TrainingConfig:
         clip_gradient_value: every gradient element is clipped to this magnitude; None: no clipping.
         short_edge_pixels: each image's shortest edge is resized to one of these, at random.
         max_edge_pixels: upper limit of the longest edge.
-        crop_size: (height, width) in pixels of a random crop, applied after resizing; None: no crop.
         skip_empty_images: leave out images that have no object.
         num_workers: loader processes beside each training process; 0: load in the training process.
         checkpoint_period_iters: a checkpoint is written this often.
@@ -45,7 +44,6 @@ class TrainingConfig:
     clip_gradient_value: float | None = 1.0
     short_edge_pixels: tuple[int, ...]
     max_edge_pixels: int
-    crop_size: tuple[int, int] | None = None
     skip_empty_images: bool = True
     num_workers: int = 2
     checkpoint_period_iters: int = 1000
@@ -59,8 +57,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in ("lr_decay_iters", "short_edge_pixels", "evaluate_at"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
-        if self.crop_size is not None:
-            object.__setattr__(self, "crop_size", tuple(self.crop_size))
         for field in ("max_iter", "images_per_batch", "checkpoint_period_iters", "log_period_iters"):
             if getattr(self, field) < 1:
                 raise ValueError(f"training.{field} is {getattr(self, field)}, expected at least 1")

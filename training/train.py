@@ -235,13 +235,10 @@ def _train_loader(student: nn.Module, config: TrainingConfig, dataset: CocoDatas
             f"{dataset.annotation_file}: no image has an object, so training.skip_empty_images leaves nothing to "
             "train on"
         )
-    augmentations: list[Any] = [T.ResizeShortestEdge(config.short_edge_pixels, config.max_edge_pixels, "choice")]
-    if config.crop_size is not None:
-        augmentations.append(T.RandomCrop("absolute", config.crop_size))
-    augmentations.append(T.RandomFlip())
+    resize = T.ResizeShortestEdge(config.short_edge_pixels, config.max_edge_pixels, "choice")
     return build_detection_train_loader(
         dataset=records,
-        mapper=CheckedMapper(is_train=True, augmentations=augmentations, image_format=student.input_format),
+        mapper=CheckedMapper(is_train=True, augmentations=[resize, T.RandomFlip()], image_format=student.input_format),
         sampler=_ResumedSampler(len(records), seed=config.seed, num_drawn=start_iter * config.images_per_batch),
         total_batch_size=config.images_per_batch,
         aspect_ratio_grouping=False,
