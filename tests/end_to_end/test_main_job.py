@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -321,6 +322,20 @@ def test_a_server_that_does_not_answer_is_named_with_exit_code_4(
 ) -> None:
     assert pipeline(monkeypatch, "detect", photo, "--url", "127.0.0.1:9") == 4
     assert "127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_named_with_exit_code_4(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        arguments = ("serve", "--runs", runs, "--name", RECIPE.stem, "--grpc-port", port)
+        assert pipeline(monkeypatch, *arguments, "--http-port", 0, "--metrics-port", 0) == 4
+    error = capsys.readouterr().err
+    assert f"grpc port {port}" in error
+    assert "--grpc-port" in error
 
 
 def test_serving_a_run_that_was_never_deployed_says_what_to_do(
