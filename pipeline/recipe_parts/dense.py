@@ -1,4 +1,4 @@
-"""Lazy model trees that recipes start from and change."""
+"""Lazy model trees of one-stage detectors that recipes start from and change."""
 
 from __future__ import annotations
 
@@ -7,31 +7,15 @@ from typing import Any
 from detectron2.config import LazyCall as L
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.modeling.backbone import FPN, BasicStem, ResNet
+from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 
-from training.backbones.timm_backbone import TimmBackbone
+from pipeline.recipe_parts.backbones import IMAGENET_RGB, Pixels
 
-IMAGENET_MEAN_RGB = [123.675, 116.28, 103.53]
-IMAGENET_STD_RGB = [58.395, 57.12, 57.375]
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
-
-
-def resnet(depth: int, *, norm: str = "FrozenBN") -> Any:
-    """detectron2's ResNet as a lazy call; outputs ``res3`` to ``res5``."""
-    return L(ResNet)(
-        stem=L(BasicStem)(in_channels=3, out_channels=64, norm=norm),
-        stages=L(ResNet.make_default_stages)(depth=depth, norm=norm),
-        out_features=["res3", "res4", "res5"],
-    )
-
-
-def timm_backbone(name: str, *, weights: str | None, freeze_norm: bool = False) -> Any:
-    """A timm feature extractor as a lazy call; outputs ``res3`` to ``res5``."""
-    return L(TimmBackbone)(name=name, weights=weights, freeze_norm=freeze_norm)
 
 
 def retinanet(
@@ -41,6 +25,7 @@ def retinanet(
     num_head_convs: int = 4,
     smallest_anchor_pixels: int = 32,
     head_norm: str = "",
+    pixels: Pixels = IMAGENET_RGB,
 ) -> Any:
     """Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as detectron2 builds it: pyramid levels p3 to p7,
     nine anchors a location, three octave scales from ``smallest_anchor_pixels`` on p3 doubling with each level.
@@ -49,6 +34,7 @@ def retinanet(
         bottom_up: lazy call of a network with outputs ``res3``, ``res4``, ``res5``.
         channels: of the pyramid and the head.
         num_head_convs: 3x3 convolutions in each of the head's two towers.
+        pixels: channel order, mean and deviation that the network below wants.
     """
     sizes = [
         [smallest_anchor_pixels * 2 ** (level + octave / 3) for octave in range(3)] for level in range(len(LEVELS))
@@ -77,9 +63,9 @@ def retinanet(
         head_in_features=LEVELS,
         focal_loss_alpha=0.25,
         focal_loss_gamma=2.0,
-        pixel_mean=IMAGENET_MEAN_RGB,
-        pixel_std=IMAGENET_STD_RGB,
-        input_format="RGB",
+        pixel_mean=list(pixels.mean),
+        pixel_std=list(pixels.std),
+        input_format=pixels.input_format,
         test_score_thresh=0.05,
         test_topk_candidates=1000,
         test_nms_thresh=0.5,
