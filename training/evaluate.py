@@ -26,15 +26,16 @@ def evaluate_detector(
     short_edge_pixels: int,
     max_edge_pixels: int,
     output_directory: Path,
+    keep_labels: bool = False,
 ) -> dict[str, float]:
     """COCO box AP in percent (``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``) of ``detector`` on ``dataset``.
 
     The detections are left in ``output_directory`` in COCO's results format, boxes XYWH in original image pixels.
-    A model without any detection has AP 0.
+    A model without any detection has AP 0. With ``keep_labels`` each input carries its ground truth as ``instances``.
     """
     name = f"evaluated-{dataset.annotation_file.stem}"
     register_with_detectron2(name, dataset)
-    loader = inference_loader(detector, dataset, short_edge_pixels, max_edge_pixels)
+    loader = inference_loader(detector, dataset, short_edge_pixels, max_edge_pixels, keep_labels=keep_labels)
     was_training = detector.training
     # pycocotools and the evaluator print tables; the caller reports.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -48,11 +49,16 @@ def evaluate_detector(
 
 
 def inference_loader(
-    detector: nn.Module, dataset: CocoDataset, short_edge_pixels: int, max_edge_pixels: int
+    detector: nn.Module,
+    dataset: CocoDataset,
+    short_edge_pixels: int,
+    max_edge_pixels: int,
+    *,
+    keep_labels: bool = False,
 ) -> DataLoader:
     """detectron2's test loader: one image a batch, in the order of the annotation file."""
     mapper = CheckedMapper(
-        is_train=False,
+        is_train=keep_labels,  # all that it changes is that annotations are kept
         augmentations=[T.ResizeShortestEdge(short_edge_pixels, max_edge_pixels)],
         image_format=detector.input_format,
     )
