@@ -1,4 +1,4 @@
-"""AP through the implicit teacher's features, labels given: the sanity check that the teacher knows more than the student.
+"""AP through the implicit teacher's features, labels given: the sanity check that it knows more than the student.
 
 It is never a deployable model, for it reads the answers. A teacher that is not far ahead of its student has nothing to
 teach: its labels, masks or coordinates are wrong, or it was not trained long enough.
