@@ -68,7 +68,7 @@ STAGES = (
     ),
     Stage(
         name="train",
-        version=1,
+        version=2,
         inputs=("data",),
         config_sections=("model", "training", "distiller"),
         external_inputs=_starting_weights,

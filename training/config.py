@@ -8,6 +8,25 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """An optimizer of its own for the implicit teacher; learning-rate schedule and clipping are the student's.
+
+    Attributes:
+        optimizer: ``"sgd"`` with momentum 0.9, or ``"adamw"``.
+        learning_rate: peak value.
+        weight_decay: on every parameter.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}, expected more than 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a student is trained.
 
@@ -15,8 +34,9 @@ class TrainingConfig:
         max_iter: number of iterations.
         images_per_batch: over all processes.
         optimizer: ``"sgd"`` with momentum 0.9, or ``"adamw"``.
-        learning_rate: peak value; the same for student and distiller.
+        learning_rate: peak value, of student and distiller.
         weight_decay: on every parameter, norms and biases included, as the LGD reference does.
+        teacher_optimizer: of the implicit teacher alone; None: it is trained like the student.
         lr_schedule: ``"cosine"`` to zero, or ``"multistep"`` by 0.1 at ``lr_decay_iters``.
         warmup_iters: linear warm-up from a thousandth of the learning rate.
         clip_gradient_value: every gradient element is clipped to this magnitude; None: no clipping.
@@ -38,6 +58,7 @@ class TrainingConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float
     weight_decay: float = 1e-4
+    teacher_optimizer: OptimizerConfig | None = None
     lr_schedule: Literal["cosine", "multistep"] = "multistep"
     lr_decay_iters: tuple[int, ...] = ()
     warmup_iters: int = 1000

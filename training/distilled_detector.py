@@ -26,7 +26,8 @@ class DistilledDetector(nn.Module):
     Args:
         student: the detector that ships.
         distiller: called with ``features, gt_instances, padded_size, distill, teacher_losses``; returns named losses to
-            add. ``teacher_losses`` runs the student's own head and losses on a pyramid that the distiller made.
+            add. ``teacher_losses`` runs the student's own head and losses on a pyramid that the distiller made. Its
+            ``teacher_parameters()`` are those that ``training.teacher_optimizer`` trains.
         schedule: when distillation acts.
     """
 

@@ -15,7 +15,6 @@ from detectron2.data import build_detection_train_loader
 from detectron2.data import transforms as T
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer, hooks
-from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import JSONWriter
@@ -29,7 +28,7 @@ from training.dataset import CheckedMapper, CocoDataset, detectron2_dicts
 from training.detection_losses import distilled_levels
 from training.distilled_detector import DistillationHook, DistilledDetector
 from training.evaluate import DeviceUnavailable, resolve_device
-from training.optimization import build_optimizer, learning_rate_factor
+from training.optimization import LearningRateHook, build_optimizers
 from training.progress import ProgressWriter, RunHook
 
 METRICS_FILE = "metrics.json"
@@ -173,13 +172,13 @@ def _build_trainer(
     detector: DistilledDetector, config: TrainingConfig, output_directory: Path, run: HookBase
 ) -> tuple[SimpleTrainer, StudentCheckpointer]:
     model = distributed(detector)
-    optimizer = build_optimizer(detector, config)
+    optimizers = build_optimizers(detector, config)
     if config.precision == "fp32":
-        trainer = SimpleTrainer(model, [], optimizer)
+        trainer = SimpleTrainer(model, [], optimizers)
     else:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
         scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16)
-        trainer = AMPTrainer(model, [], optimizer, grad_scaler=scaler, precision=dtype)
+        trainer = AMPTrainer(model, [], optimizers, grad_scaler=scaler, precision=dtype)
     checkpointer = StudentCheckpointer(
         detector.student, str(output_directory), distiller=detector.distiller, trainer=trainer
     )
@@ -187,7 +186,7 @@ def _build_trainer(
         [
             DistillationHook(detector),
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=LRMultiplier(optimizer, learning_rate_factor(config), config.max_iter)),
+            LearningRateHook(optimizers, config),
             run,  # before the checkpointer, so that a checkpoint holds the AP measured at its iteration
         ]
     )

@@ -13,7 +13,6 @@ from training.dataset import CocoDataset, read_coco
 from training.distillers import LgdConfig, NoDistillerConfig
 from training.embedded_dataset import generate
 from training.evaluate import DeviceUnavailable
-from training.optimization import learning_rate_factor
 from training.train import METRICS_FILE, LossNotFinite, TrainingInputError, TrainingResult, train
 
 LGD = LgdConfig(distill_from_iter=1, freeze_backbone_until_iter=0, num_heads=4)
@@ -114,16 +113,6 @@ def test_a_gpu_that_is_not_there_is_refused_before_training(tmp_path: Path, data
 def test_a_missing_initial_checkpoint_is_refused_by_its_path(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
     with pytest.raises(TrainingInputError, match=r"training.init_checkpoint=/nowhere\.pth"):
         run(tmp_path, datasets, config(init_checkpoint="/nowhere.pth"))
-
-
-def test_warm_up_leads_into_the_schedule() -> None:
-    cosine = learning_rate_factor(config(100, lr_schedule="cosine", warmup_iters=10))
-    assert cosine(0.0) == pytest.approx(1e-3)
-    assert cosine(0.05) == pytest.approx(0.5, abs=0.02)
-    assert cosine(0.1) == pytest.approx(0.975, abs=0.01)
-    assert cosine(0.999) < 1e-3
-    steps = learning_rate_factor(config(100, lr_schedule="multistep", lr_decay_iters=(60, 80), warmup_iters=0))
-    assert [steps(x) for x in (0.0, 0.59, 0.61, 0.81)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
 @pytest.mark.parametrize(

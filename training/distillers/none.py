@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from detectron2.structures import Instances
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class NoDistillerConfig:
 
 class NoDistiller(nn.Module):
     """Adds no loss and holds no parameter."""
+
+    def teacher_parameters(self) -> Iterator[nn.Parameter]:
+        yield from ()
 
     def forward(
         self,

@@ -7,7 +7,7 @@ Shapes: N images, C channels, L levels of (Hl, Wl) cells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -147,6 +147,10 @@ class LabelGuidedDistiller(nn.Module):
         losses = {"loss_distill": self.distillation_loss(features, teacher_features, distill=distill)}
         losses.update((f"{name}.tea", loss) for name, loss in teacher_losses(teacher_features).items())
         return losses
+
+    def teacher_parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer of the teacher's own trains; the adapter is trained with the student."""
+        return self.implicit_teacher.parameters()
 
     def teacher_features(
         self, features: Features, gt_instances: Sequence[Instances], padded_size: tuple[int, int]
