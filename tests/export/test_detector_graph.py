@@ -15,7 +15,8 @@ from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
-from export.detector_graph import RetinaNetGraph, UnsupportedDetector, detector_graph, signature_of
+from export.dense_graph import DenseGraph
+from export.detector_graph import UnsupportedDetector, detector_graph, signature_of
 from export.parity import MatchResult, combined, match_detections
 from export.runners import OnnxRuntimeRunner, Runner, TorchRunner
 from export.signature import Detections
@@ -82,24 +83,24 @@ def test_other_delta_weights_and_fewer_candidates_than_the_levels_hold_match() -
     assert result.num_matched > 50
 
 
-def _mean_doubled(graph: RetinaNetGraph) -> None:
+def _mean_doubled(graph: DenseGraph) -> None:
     graph.mean.mul_(2)
 
 
-def _channels_swapped(graph: RetinaNetGraph) -> None:
+def _channels_swapped(graph: DenseGraph) -> None:
     first = graph.backbone.bottom_up.stem.conv1
     first.weight.data = first.weight.data.flip(1)
 
 
-def _anchors_shifted(graph: RetinaNetGraph) -> None:
-    graph.anchors_0.add_(4)
+def _anchors_shifted(graph: DenseGraph) -> None:
+    graph.decoder.anchors_0.add_(4)
 
 
-def _nms_threshold_changed(graph: RetinaNetGraph) -> None:
+def _nms_threshold_changed(graph: DenseGraph) -> None:
     graph.signature = dataclasses.replace(graph.signature, nms_threshold=0.6)
 
 
-def _classes_in_wrong_order(graph: RetinaNetGraph) -> None:
+def _classes_in_wrong_order(graph: DenseGraph) -> None:
     for parameter in (graph.head.cls_score.weight, graph.head.cls_score.bias):
         by_anchor = parameter.data.view(-1, len(CLASS_NAMES), *parameter.shape[1:])
         parameter.data = by_anchor.flip(1).reshape(parameter.shape)
@@ -108,7 +109,7 @@ def _classes_in_wrong_order(graph: RetinaNetGraph) -> None:
 @pytest.mark.parametrize(
     "fault", [_mean_doubled, _channels_swapped, _anchors_shifted, _nms_threshold_changed, _classes_in_wrong_order]
 )
-def test_a_broken_graph_does_not_match(fault: Callable[[RetinaNetGraph], None]) -> None:
+def test_a_broken_graph_does_not_match(fault: Callable[[DenseGraph], None]) -> None:
     detector = calibrated_retinanet()
     signature = signature_for(detector, 256, 256)
     images = canvases(256, 256, 4)
@@ -116,7 +117,7 @@ def test_a_broken_graph_does_not_match(fault: Callable[[RetinaNetGraph], None]) 
     graph = detector_graph(detector, signature)
     runner = TorchRunner(graph, signature)
     assert matched(runner, images, references).num_unmatched == 0
-    assert isinstance(graph, RetinaNetGraph)
+    assert isinstance(graph, DenseGraph)
     fault(graph)
     assert matched(runner, images, references).num_unmatched > 0
 

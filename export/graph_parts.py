@@ -1,0 +1,54 @@
+"""What the export graphs of all families share.
+
+Shape legend: N images, R detection slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from export.nms import rows
+from export.signature import DetectorSignature
+
+
+class InferenceSettings(NamedTuple):
+    """How a detector turns predictions into detections.
+
+    Attributes:
+        num_classes: K.
+        num_candidates: the largest top-k that the graph takes.
+        score_threshold, nms_threshold: what a detection passes.
+        max_detections: R.
+    """
+
+    num_classes: int
+    num_candidates: int
+    score_threshold: float
+    nms_threshold: float
+    max_detections: int
+
+
+def on_canvas(
+    boxes: Tensor, scores: Tensor, labels: Tensor, signature: DetectorSignature
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Clip to the canvas, drop what becomes empty (``detector_postprocess``) and close the gaps.
+
+    Args:
+        boxes: (N, R, 4) float32 xyxy.
+        scores: (N, R) float32 descending; 0 marks an empty slot.
+        labels: (N, R) int32.
+
+    Returns:
+        ``num_detections`` (N, 1) int32, boxes, scores, labels as the signature says.
+    """
+    x = boxes[..., 0::2].clamp(0, signature.canvas_width)
+    y = boxes[..., 1::2].clamp(0, signature.canvas_height)
+    boxes = torch.stack([x[..., 0], y[..., 0], x[..., 1], y[..., 1]], dim=-1)
+    nonempty = (x[..., 1] > x[..., 0]) & (y[..., 1] > y[..., 0])
+    scores, order = torch.where(nonempty, scores, torch.zeros_like(scores)).topk(scores.shape[1], dim=1)
+    exists = scores > 0
+    num_detections = exists.sum(dim=1, keepdim=True).int()
+    return num_detections, rows(boxes, order) * exists[:, :, None], scores, labels.gather(1, order) * exists
