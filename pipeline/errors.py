@@ -13,14 +13,15 @@
 The leaf packages cannot import this module. What a user can meet there is an exception with a class attribute
 ``exit_code``; it is drawn here and stays in the module that raises it (a test compares the two):
 
-    training.dataset.DatasetError                       2   the annotations or the images they name are wrong
+    training.dataset_config.DatasetError                2   the annotations or the images they name are wrong
     training.distillers.lgd.objects.LgdInputError       2   the recipe, labels or pyramid do not fit the distiller
     training.embedded_sources.EmbeddedSourceMissing     4   a package that the embedded data set needs is missing
     training.train.TrainingInputError                   2   what training starts from is missing
     training.train.LossNotFinite                        3   training diverged
     training.evaluate.DeviceUnavailable                 4   the recipe asks for a GPU that is not there
     training.checkpoint.CheckpointDamaged               5   a checkpoint cannot be read
-    training.backbones.timm_backbone.WeightsUnusable    2   pretrained weights are missing or of another network
+    training.backbones.timm_backbone.UnsupportedBackbone 2   no such timm model, or it cannot be a backbone
+    training.backbones.weight_file.WeightsUnusable      2   pretrained weights are missing or of another network
     export.detector_graph.UnsupportedDetector           2   the detector has no export graph
     export.targets.tensorrt_target.UnsupportedEngine    2   the recipe asks for an engine that cannot be built
     export.targets.tensorrt_target.PrecisionMismatch    3   the engine's layers do not have the precision asked for

@@ -226,14 +226,18 @@ def usable_segmentation(segmentation: Any, height: int, width: int) -> Any:
     return [polygon for polygon in polygons if len(polygon) % 2 == 0 and len(polygon) >= 6] or None
 
 
+def size_as_read(image: Image.Image) -> tuple[int, int]:
+    """Width and height as detectron2 reads the image: turned by its EXIF entry. Decodes no pixels."""
+    turned = image.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED
+    return image.size[::-1] if turned else image.size
+
+
 def pixel_problem(image_dir: Path, image: Mapping[str, Any]) -> str | None:
     """What is wrong with an image file's pixels or size; None when detectron2 will read it."""
     try:
         with Image.open(image_dir / image["file_name"]) as opened:
             opened.load()
-            found = opened.size
-            if opened.getexif().get(_EXIF_ORIENTATION) in _EXIF_TURNED:
-                found = found[::-1]
+            found = size_as_read(opened)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return (
             f"image id {image['id']}: {image_dir / image['file_name']} cannot be read ({error}); expected an undamaged "
@@ -242,8 +246,8 @@ def pixel_problem(image_dir: Path, image: Mapping[str, Any]) -> str | None:
     expected = (image["width"], image["height"])
     if found != expected:
         return (
-            f"image id {image['id']}: {image_dir / image['file_name']} is {found[0]} × {found[1]} pixels and the "
-            f"annotation file says {expected[0]} × {expected[1]}; correct width and height there, or "
-            f"fetch the original image."
+            f"image id {image['id']}: {image_dir / image['file_name']} is {found[0]} × {found[1]} pixels and "
+            f"{image.get('size_from', 'the annotation file')} says {expected[0]} × {expected[1]}; correct width and "
+            f"height there, or fetch the original image."
         )
     return None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -22,15 +22,12 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from training import coco_validation
+from training.dataset_config import DatasetConfig as DatasetConfig
+from training.dataset_config import DatasetError as DatasetError
 
 _SMALL_BOX_AREA = 32**2
+_METRICS = ("voc2007", "voc", "crowdhuman")
 _MAX_MESSAGES = 3
-
-
-class DatasetError(ValueError):
-    """The data set that a recipe names is missing or wrong; nothing was trained."""
-
-    exit_code = 2
 
 
 class UnusableImageError(DatasetError):
@@ -39,40 +36,6 @@ class UnusableImageError(DatasetError):
     def __init__(self, message: str) -> None:
         # A worker's exception is raised again in the training process with the worker's traceback as its message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip())
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetConfig:
-    """Section ``dataset`` of a recipe. Without annotation files the embedded data set is generated."""
-
-    train: str | None = None
-    """COCO annotation file to train on."""
-    validation: str | None = None
-    """COCO annotation file to evaluate on; same categories."""
-    train_images: str | None = None
-    """Image folder; None: looked for beside the annotation file."""
-    validation_images: str | None = None
-    num_train: int = 2000
-    """Number of images of the embedded data set; of a data set of one's own all images are used."""
-    num_validation: int = 400
-    seed: int = 0
-    digest_pixels: bool = False
-    """Whether the data set's digest covers the images' bytes, not only their names and sizes."""
-    drop_degenerate_boxes: bool = False
-    """Whether boxes of zero width or height are left out; otherwise they are an error. COCO train2017 has two."""
-
-    def __post_init__(self) -> None:
-        if (self.train is None) != (self.validation is None):
-            given, missing = ("train", "validation") if self.validation is None else ("validation", "train")
-            raise DatasetError(
-                f"dataset.{given} is set and dataset.{missing} is not: a data set of your own needs both annotation "
-                f"files. Give dataset.{missing}=FILE too, or neither for the embedded data set."
-            )
-        if min(self.num_train, self.num_validation) < 1:
-            raise DatasetError(
-                f"dataset.num_train is {self.num_train} and dataset.num_validation {self.num_validation}: expected at "
-                f"least 1 image each."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +62,8 @@ class CocoDataset:
     """Boxes of the user's file that are left out; no other number here counts them."""
     changes: tuple[str, ...] = ()
     """What the copy that detectron2 and pycocotools read changes of the user's file; empty: they read the file."""
+    metric: str = "coco"
+    """What is measured beside COCO's metrics: ``"voc2007"``, ``"voc"`` or ``"crowdhuman"``; ``"coco"``: nothing."""
 
 
 def read_coco(annotation_file: Path, image_dir: Path | None = None) -> CocoDataset:
@@ -132,7 +97,9 @@ def described(annotation_file: Path, image_dir: Path | None, document: Mapping[s
         annotation_file, coco_validation.annotation_problems(annotations, {entry["id"] for entry in categories}, sizes)
     )
     if image_dir is None:
-        image_dir = _found_image_dir(annotation_file, images[0]["file_name"])
+        split = annotation_file.stem.removeprefix("instances_")
+        places = ["images", f"../{split}", "../images", "."]
+        image_dir = found_image_dir(annotation_file, images[0]["file_name"], places)
     image_dir = Path(os.path.abspath(image_dir))
     raise_if_any(annotation_file, coco_validation.file_problems(image_dir, [image["file_name"] for image in images]))
 
@@ -150,6 +117,7 @@ def described(annotation_file: Path, image_dir: Path | None, document: Mapping[s
         num_crowd_boxes=len(annotations) - len(boxes),
         objects_per_image=len(boxes) / max(1, len({entry["image_id"] for entry in boxes})),
         share_small=num_small / max(1, len(boxes)),
+        metric=document["metric"] if document.get("metric") in _METRICS else "coco",
     )
 
 
@@ -234,8 +202,11 @@ def register_with_detectron2(name: str, dataset: CocoDataset) -> None:
     )
 
 
-def check_readable(dataset: CocoDataset, *, max_images: int = 5000) -> int:
+def check_readable(dataset: CocoDataset, *, max_images: int = 5000, named: Path | None = None) -> int:
     """Decode the first ``max_images`` images and compare their sizes with the annotation file's.
+
+    Args:
+        named: the user's own file, for messages, where ``dataset`` is a copy of it.
 
     Returns:
         The number of images decoded.
@@ -248,7 +219,7 @@ def check_readable(dataset: CocoDataset, *, max_images: int = 5000) -> int:
         # Gigantic images only warn up to twice Pillow's limit. The filter belongs to the process, not to a thread.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         problems = list(pool.map(lambda image: coco_validation.pixel_problem(dataset.image_dir, image), images))
-    raise_if_any(dataset.annotation_file, (problem for problem in problems if problem is not None))
+    raise_if_any(named or dataset.annotation_file, (problem for problem in problems if problem is not None))
     return len(images)
 
 
@@ -266,7 +237,8 @@ def parsed(annotation_file: Path) -> dict[str, Any]:
     if not annotation_file.is_file():
         raise DatasetError(
             f"{annotation_file}: there is no such annotation file. Expected a COCO JSON file; check dataset.train and "
-            f"dataset.validation, or leave both out for the embedded data set."
+            f"dataset.validation, or leave both out for the embedded data set. Pascal VOC and CrowdHuman sets need "
+            f"dataset.format=voc or crowdhuman."
         )
     try:
         document = json.loads(annotation_file.read_bytes())
@@ -279,11 +251,13 @@ def parsed(annotation_file: Path) -> dict[str, Any]:
     return document
 
 
-def _found_image_dir(annotation_file: Path, first_file_name: str) -> Path:
-    """The first of the usual image folders that holds the first image."""
-    folder = annotation_file.parent
-    split = annotation_file.stem.removeprefix("instances_")
-    candidates = [folder / "images", folder.parent / split, folder.parent / "images", folder]
+def found_image_dir(annotation_file: Path, first_file_name: str, places: Sequence[str]) -> Path:
+    """The first of the usual image folders, relative to the annotation file's, that holds the first image.
+
+    Raises:
+        DatasetError: none does.
+    """
+    candidates = [Path(os.path.normpath(annotation_file.parent / place)) for place in places]
     for candidate in candidates:
         if (candidate / first_file_name).is_file():
             return candidate
