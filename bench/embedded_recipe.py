@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[Any, str]] = {
         timm_backbone("tf_efficientnet_lite0", weights=EFFICIENTNET, freeze_norm=False),
         "none",
     ),
-    "ResNet-18 from scratch, no distiller": (resnet(18, norm="BN"), "none"),
+    "ResNet-18 from scratch, no distiller": (resnet(18, norm="BN", freeze_at=0), "none"),
 }
 
 

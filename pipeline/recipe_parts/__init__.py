@@ -1,6 +1,25 @@
 """Lazy model trees that recipes start from and change."""
 
-from pipeline.recipe_parts.backbones import CAFFE_BGR, IMAGENET_RGB, RESNEXT_BGR, Pixels, resnet, timm_backbone
+from pipeline.recipe_parts.backbones import (
+    CAFFE_BGR,
+    IMAGENET_RGB,
+    RESNEXT_BGR,
+    Pixels,
+    resnet,
+    resnext101_32x8d,
+    swin_tiny,
+    timm_backbone,
+)
 from pipeline.recipe_parts.dense import retinanet
 
-__all__ = ["CAFFE_BGR", "IMAGENET_RGB", "RESNEXT_BGR", "Pixels", "resnet", "retinanet", "timm_backbone"]
+__all__ = [
+    "CAFFE_BGR",
+    "IMAGENET_RGB",
+    "RESNEXT_BGR",
+    "Pixels",
+    "resnet",
+    "resnext101_32x8d",
+    "retinanet",
+    "swin_tiny",
+    "timm_backbone",
+]
