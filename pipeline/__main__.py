@@ -148,6 +148,42 @@ def detect(
     detect_and_show(images, url=url, model=model, min_score=min_score, as_json=as_json, draw=draw, console=console)
 
 
+@app.command()
+def compare(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE[,section.key=value…]… [section.key=value…]",
+            help="Recipes, each a name or file with its own overrides after commas, and overrides for all of them.",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(min=1, help="Each recipe is trained with training.seed 0 to N-1.")] = 3,
+    runs: RunsOption = RUNS,
+    name: Annotated[
+        str | None,
+        typer.Option("--name", help="Folder of the comparison in RUNS/compare; default: the first recipe's."),
+    ] = None,
+) -> None:
+    """Train several recipes with the same seeds and put AP, time and memory into one table.
+
+    For example: compare embedded,distiller=none embedded training.max_iter=2000 --seeds 3. Differences are to the
+    recipe named first. What was trained before is not trained again; an interrupted comparison goes on.
+    """
+    from pipeline.compare import compare as compare_recipes
+
+    raise typer.Exit(compare_recipes(arguments, num_seeds=seeds, runs=runs, name=name, console=console))
+
+
+@app.command(hidden=True)
+def compare_training(recipe: RecipeArgument, overrides: OverridesArgument, runs: RunsOption, name: NameOption) -> None:
+    """One training of a comparison, in a process of its own."""
+    from pipeline import recipe as recipes
+    from pipeline.comparison.trainings import train_in_process
+
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
+    train_in_process(loaded, runs / (name or loaded.name), console)
+
+
 def main() -> None:
     """Run the command; map errors to messages and exit codes (``pipeline.errors`` draws them)."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)

@@ -11,6 +11,7 @@ import numpy as np
 from export.signature import Detections
 from pipeline import environment
 from pipeline.accuracy import detections_by_image, detections_file
+from pipeline.baseline import baseline_command, find_baseline
 from pipeline.report import GalleryImage, build_report, write_report
 from pipeline.stage import StageContext, StageResult
 from pipeline.status import read_failure
@@ -26,6 +27,7 @@ def report(context: StageContext) -> StageResult:
     """Write report.json, report.md and report.html."""
     manifests = {name: dataclasses.asdict(artifact.manifest) for name, artifact in context.inputs.items()}
     failure = read_failure(context.run_dir)
+    train = context.inputs.get("train")
     content = build_report(
         context.run_dir,
         manifests=manifests,
@@ -33,6 +35,8 @@ def report(context: StageContext) -> StageResult:
         recipe_name=context.recipe.name,
         environment=environment.facts(),
         gallery=_gallery(context),
+        baseline=find_baseline(context.run_dir, train.manifest) if train else None,
+        baseline_command=baseline_command(context.recipe, context.run_dir),
     )
     write_report(content, context.directory)
     return StageResult()

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifact import plain
+from pipeline.baseline import Baseline
 from pipeline.report import sections
+from pipeline.report.distillation import distillation, teacher_panel
 from pipeline.report.gallery import GalleryImage, draw_gallery
 from pipeline.report.sections import NOT_RUN, Facts, Manifests
 
@@ -34,6 +36,8 @@ def build_report(
     recipe_name: str,
     environment: Mapping[str, Any],
     gallery: Sequence[GalleryImage],
+    baseline: Baseline | None = None,
+    baseline_command: str | None = None,
 ) -> dict[str, Any]:
     """Everything the report says, as plain JSON values.
 
@@ -44,6 +48,8 @@ def build_report(
         recipe_name: what the run is called.
         environment: facts about the machine and the versions, nested as it comes.
         gallery: validation images to draw; may be empty.
+        baseline: the same training without a distiller, when there is one.
+        baseline_command: what trains it.
     """
     gates = _gates(manifests)
     absent = _absent(manifests, failure, gates)
@@ -58,7 +64,8 @@ def build_report(
         "failure": sections.pick(failure, ("stage", "type", "message")) if failure else None,
         "gates": gates,
         "accuracy": accuracy,
-        "distillation": sections.distillation(run_dir, manifests, absent),
+        "distillation": distillation(run_dir, manifests, absent),
+        "teacher_panel": teacher_panel(manifests, absent, baseline, baseline_command),
         "dataset": data,
         "strip": sections.strip(manifests, absent),
         "onnx_model": sections.onnx_model(manifests, absent),

@@ -71,7 +71,7 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
     drawn = dict.fromkeys(("ap_curve", "losses", "latency", "breakdown", "open_loop", "per_class"), "")
     drawn["lineage"] = _svg("lineage", (7.6, 1.9), _lineage, report["lineage"])
     if training["ap_curve"]:
-        drawn["ap_curve"] = _svg("ap", (4.8, 2.7), _ap_curve, training["ap_curve"])
+        drawn["ap_curve"] = _svg("ap", (4.8, 2.7), _ap_curve, report)
     if training["losses"]:
         drawn["losses"] = _svg("loss", (4.8, 2.7), _losses, training["losses"])
     if any(row["throughput"] is not None for row in latency["closed_loop"]):
@@ -130,11 +130,16 @@ def _latency_axis(axes: Axes, milliseconds: Sequence[float]) -> None:
         axes.set_ylim(0, None)
 
 
-def _ap_curve(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
-    for index, metric in enumerate(("AP", "AP50")):
-        points = [(100 * point["fraction"], point[metric]) for point in curve if point[metric] is not None]
+def _ap_curve(axes: Axes, report: Mapping[str, Any]) -> None:
+    """Student in full lines; baseline and implicit teacher beside it where they were measured."""
+    curve = report["distillation"]["ap_curve"]
+    others = {row["who"]: row["curve"] for row in report["teacher_panel"]["rows"] if row["who"] != "student"}
+    lines = [("AP", curve, "AP", "-"), ("AP50", curve, "AP50", "-")]
+    lines += [(f"AP, {who.partition(' (')[0]}", points, "AP", "--") for who, points in others.items()]
+    for index, (label, evaluations, metric, style) in enumerate(lines):
+        points = [(100 * point["fraction"], point[metric]) for point in evaluations if point[metric] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], label=metric)
+            axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], linestyle=style, label=label)
     axes.set(xlabel="training (%)", ylabel="AP on validation (%)", ylim=(0, None))
     _legend(axes)
 

@@ -6,20 +6,16 @@ templates never meet an undefined name: a fact that is missing is None.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from pipeline.publish import partials
+from pipeline.report.metrics import extra_metrics, metrics_of
 
 Facts = Mapping[str, Any]
 Manifests = Mapping[str, Mapping[str, Any]]
 
 NOT_RUN = "not run"
 AVAILABLE = "available"
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-CURVE_KEYS = ("iteration", "fraction", *METRICS)
 REFERENCE_ROW = "detectron2"
 CANVAS_ROW = "torch, fixed canvas"
 SPLIT_KEYS = (
@@ -51,10 +47,7 @@ LATENCY_KEYS = (
     "compute_output_ms",
 )
 INVARIANCE_KEYS = ("num_images", "batch_sizes", "mean_batch_size", "num_matched", "num_unmatched", "score_floor")
-MAX_CURVE_POINTS = 200
 MAX_FILES = 12  # a generated data set has thousands; the manifest names them all
-TRAINING_FRACTIONS = (0.0, 0.25, 1.0)
-FRACTION_TOLERANCE = 0.05
 
 
 def pick(facts: Facts | None, keys: Sequence[str]) -> dict[str, Any]:
@@ -92,7 +85,8 @@ def accuracy(manifests: Manifests, absent: Mapping[str, str], gates: Sequence[Fa
         for stage in ("validate", "deploy")
         if rows and stage in absent and not _facts_rows(manifests, stage)
     ]
-    return {**head, "reference": REFERENCE_ROW, "rows": rows, "missing": missing}
+    extra = extra_metrics(row for row, _ in sources)
+    return {**head, "reference": REFERENCE_ROW, "rows": rows, "missing": missing, "extra_metrics": extra}
 
 
 def _accuracy_row(
@@ -113,7 +107,7 @@ def _accuracy_row(
         "stage": stage,
         "status": "failed" if gate_failed else row.get("status") or NOT_RUN,
         "reason": row.get("reason"),
-        **pick(row, METRICS),
+        **metrics_of(row),
         "delta_to_reference": None
         if name == REFERENCE_ROW
         else difference(row.get("AP"), average_precision.get(REFERENCE_ROW)),
@@ -130,44 +124,6 @@ def difference(value: Any, base: Any) -> float | None:
     if isinstance(value, int | float) and isinstance(base, int | float):
         return value - base
     return None
-
-
-def distillation(run_dir: Path, manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
-    """How training went: AP at fixed shares of it, the AP curve and every loss term."""
-    facts, head = section("train", manifests, absent)
-    curve = [pick(point, CURVE_KEYS) for point in facts.get("ap_curve") or []]
-    curve = [point for point in curve if isinstance(point["fraction"], int | float)]
-    marks = [_curve_at(curve, fraction) for fraction in TRAINING_FRACTIONS]
-    keys = ("num_iters", "distiller", "seconds", "images_per_second", "num_parameters", "device", "num_resumed")
-    return {**head, **pick(facts, keys), "ap_curve": curve, "ap_at": marks, "losses": _loss_curves(run_dir)}
-
-
-def _curve_at(curve: Sequence[Facts], fraction: float) -> dict[str, Any]:
-    """The evaluation nearest to ``fraction`` of training, or that there was none."""
-    near = min(curve, key=lambda point: abs(point["fraction"] - fraction), default=None)
-    if near is None or abs(near["fraction"] - fraction) > FRACTION_TOLERANCE:
-        reason = f"no evaluation near {fraction:.0%} of training"
-        return {"asked_fraction": fraction, "status": NOT_RUN, "reason": reason, **pick(None, CURVE_KEYS)}
-    return {"asked_fraction": fraction, "status": AVAILABLE, "reason": None, **near}
-
-
-def _loss_curves(run_dir: Path) -> dict[str, list[dict[str, float]]]:
-    """Every loss term of detectron2's ``metrics.json`` (JSON lines), thinned to what a chart can show.
-
-    A last line cut short by a crash is dropped: the run that crashed is the one whose curve is wanted.
-    """
-    logs = [directory / "metrics.json" for directory in (run_dir / "train", *partials(run_dir, "train"))]
-    path = next((log for log in logs if log.is_file()), None)
-    curves: dict[str, list[dict[str, float]]] = {}
-    for line in path.read_text().splitlines() if path else []:
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        for key, value in values.items():
-            if "loss" in key and "iteration" in values and isinstance(value, int | float):
-                curves.setdefault(key, []).append({"iteration": values["iteration"], "value": value})
-    return {key: points[:: -(-len(points) // MAX_CURVE_POINTS)] for key, points in sorted(curves.items())}
 
 
 def strip(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
