@@ -7,6 +7,7 @@ Shapes: N images, C channels, L levels of (Hl, Wl) cells.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -16,12 +17,15 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from training.distillers.lgd.implicit_teacher import ImplicitTeacher
+from training.distillers.lgd.instance_masks import instance_masks, mask_crops
 from training.distillers.lgd.normalization import normalize_planes
-from training.distillers.lgd.objects import LgdInputError, objects_from_instances
+from training.distillers.lgd.objects import LgdInputError, ObjectBatch, box_masks, objects_from_instances
 from training.distillers.lgd.relation_adapter import Query
 from training.schedule import DistillationSchedule
 
 Features = dict[str, Tensor]
+
+GRID_OFFSETS = (0.0, 0.5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,9 @@ class LgdConfig:
 
     Attributes:
         context_object: Give each image one more object, the image itself.
+        use_masks: Objects are their instance masks, in what describes them and in what they cover; otherwise boxes.
+        grid_offset: Where in a cell of a feature map its point is that an object covers or not: 0 (the reference's,
+            half a cell off detectron2's pixel centres) or 0.5.
         detach_appearance: Keep the teacher's detection loss away from the student's pyramid and backbone.
         query: What asks in the attention between appearance and labels.
         num_heads: Heads of that attention; divides the pyramid's channels.
@@ -40,6 +47,8 @@ class LgdConfig:
     """
 
     context_object: bool = True
+    use_masks: bool = False
+    grid_offset: float = 0.0
     detach_appearance: bool = False
     query: Query = "appearance"
     num_heads: int = 8
@@ -51,6 +60,8 @@ class LgdConfig:
     def __post_init__(self) -> None:
         if self.query not in get_args(Query):
             raise LgdInputError(f"distiller.query is {self.query!r}; it must be one of {', '.join(get_args(Query))}.")
+        if self.grid_offset not in GRID_OFFSETS:
+            raise LgdInputError(f"distiller.grid_offset is {self.grid_offset}; it must be 0 or 0.5.")
 
     def schedule(self) -> DistillationSchedule:
         return DistillationSchedule(
@@ -77,6 +88,7 @@ class LgdConfig:
                 channels=channels,
                 num_classes=num_classes,
                 context_object=self.context_object,
+                use_masks=self.use_masks,
                 detach_appearance=self.detach_appearance,
                 query=self.query,
                 num_heads=self.num_heads,
@@ -85,6 +97,8 @@ class LgdConfig:
             num_classes=num_classes,
             level_names=level_names,
             context_object=self.context_object,
+            use_masks=self.use_masks,
+            grid_offset=self.grid_offset,
             loss_weight=self.loss_weight,
         )
 
@@ -105,6 +119,8 @@ class LabelGuidedDistiller(nn.Module):
         num_classes: int,
         level_names: Sequence[str],
         context_object: bool,
+        use_masks: bool,
+        grid_offset: float,
         loss_weight: float,
     ) -> None:
         super().__init__()
@@ -112,13 +128,15 @@ class LabelGuidedDistiller(nn.Module):
         self.num_classes = num_classes
         self.level_names = tuple(level_names)
         self.context_object = context_object
+        self.use_masks = use_masks
+        self.grid_offset = grid_offset
         self.loss_weight = loss_weight
         self.implicit_teacher = implicit_teacher
         self.adapter = nn.Sequential(
             nn.Conv2d(channels, channels, kernel_size=3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, kernel_size=3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, kernel_size=3, padding=1),
         )
 
@@ -135,7 +153,8 @@ class LabelGuidedDistiller(nn.Module):
 
         Args:
             features: {level: (N, C, Hl, Wl)} of the student.
-            gt_instances: Labels of each image: `gt_boxes` in pixels of the padded image, `gt_classes`.
+            gt_instances: Labels of each image: `gt_boxes` in pixels of the padded image, `gt_classes`, and `gt_masks`
+                where masks are used. On the CPU they cost no synchronisation.
             padded_size: (Hp, Wp) of the batch that the features were computed from.
             distill: The distillation loss reaches the student; see `distillation_loss`.
             teacher_losses: The student's own head and losses, on features that are given.
@@ -158,18 +177,42 @@ class LabelGuidedDistiller(nn.Module):
         """What the implicit teacher makes of the labels and the student's features, level by level.
 
         Raises:
-            LgdInputError: The features are not of the pyramid it was built for, or a class id is out of range.
+            LgdInputError: The features are not of the pyramid it was built for, a class id is out of range, or masks
+                are used and missing.
         """
         self._require_own_pyramid(features)
+        map_sizes = {level: (feature.shape[-2], feature.shape[-1]) for level, feature in features.items()}
+        first = features[self.level_names[0]]
+        objects, masks = self._objects_and_masks(gt_instances, padded_size, map_sizes, first.device)
+        # In the type that the normalised features will have; one tensor a level serves pooling and painting.
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        masks = {level: mask.to(dtype) for level, mask in masks.items()}
+        teacher: Features = self.implicit_teacher(features, objects, masks)
+        return teacher
+
+    def _objects_and_masks(
+        self,
+        gt_instances: Sequence[Instances],
+        padded_size: tuple[int, int],
+        map_sizes: dict[str, tuple[int, int]],
+        device: torch.device,
+    ) -> tuple[ObjectBatch, dict[str, Tensor]]:
+        """The labels as tensors, and the cells that each object covers: {level: (N, M, Hl * Wl) bool}."""
         objects = objects_from_instances(
+            gt_instances, padded_size, num_classes=self.num_classes, context_object=self.context_object, device=device
+        )
+        if not self.use_masks:
+            return objects, box_masks(objects, map_sizes, grid_offset=self.grid_offset)
+        crops = mask_crops(gt_instances, context_object=self.context_object, device=device)
+        masks = instance_masks(
             gt_instances,
             padded_size,
-            num_classes=self.num_classes,
+            map_sizes,
             context_object=self.context_object,
-            device=features[self.level_names[0]].device,
+            grid_offset=self.grid_offset,
+            device=device,
         )
-        teacher: Features = self.implicit_teacher(features, objects)
-        return teacher
+        return dataclasses.replace(objects, mask_crops=crops), masks
 
     def distillation_loss(self, features: Features, teacher_features: Features, *, distill: bool) -> Tensor:
         """Weighted mean square difference of the instance-normalised features, over all elements of all levels.

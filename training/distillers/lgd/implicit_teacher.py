@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from training.distillers.lgd.appearance_encoder import AppearanceEncoder
 from training.distillers.lgd.knowledge_mapper import KnowledgeMapper
 from training.distillers.lgd.label_encoder import LabelEncoder
-from training.distillers.lgd.objects import ObjectBatch, object_masks
+from training.distillers.lgd.objects import ObjectBatch
 from training.distillers.lgd.relation_adapter import Query, RelationAdapter
 
 
@@ -22,6 +22,7 @@ class ImplicitTeacher(nn.Module):
         channels: C of the student's pyramid.
         num_classes: K.
         context_object: The batches carry a context object in each image's last slot.
+        use_masks: The batches carry crops of the objects' masks.
         detach_appearance: The teacher's loss does not reach the student's features.
         query: See `RelationAdapter`.
         num_heads: See `RelationAdapter`.
@@ -33,23 +34,24 @@ class ImplicitTeacher(nn.Module):
         channels: int,
         num_classes: int,
         context_object: bool,
+        use_masks: bool,
         detach_appearance: bool,
         query: Query,
         num_heads: int,
     ) -> None:
         super().__init__()
         self.detach_appearance = detach_appearance
-        self.label_encoder = LabelEncoder(channels=channels, num_classes=num_classes)
+        self.label_encoder = LabelEncoder(channels=channels, num_classes=num_classes, use_masks=use_masks)
         self.appearance_encoder = AppearanceEncoder(channels=channels)
         self.relation_adapter = RelationAdapter(channels=channels, num_heads=num_heads, query=query)
         self.knowledge_mapper = KnowledgeMapper(channels=channels, context_object=context_object)
 
-    def forward(self, features: dict[str, Tensor], objects: ObjectBatch) -> dict[str, Tensor]:
-        """{level: (N, C, Hl, Wl)} of the student -> the same of the teacher, in float32 at least."""
-        map_sizes = {level: (feature.shape[-2], feature.shape[-1]) for level, feature in features.items()}
-        # In the type that the normalised features will have; one tensor a level serves pooling and painting.
-        dtype = torch.promote_types(next(iter(features.values())).dtype, torch.float32)
-        masks = object_masks(objects, map_sizes, dtype)
+    def forward(self, features: dict[str, Tensor], objects: ObjectBatch, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{level: (N, C, Hl, Wl)} of the student -> the same of the teacher, in float32 at least.
+
+        Args:
+            masks: {level: (N, M, Hl * Wl)}, where each object's appearance is read and its knowledge painted.
+        """
         appearance = torch.stack(
             [
                 self.appearance_encoder(feature.detach() if self.detach_appearance else feature, masks[level])
@@ -58,6 +60,6 @@ class ImplicitTeacher(nn.Module):
         )
         interacted = self.relation_adapter(appearance, self.label_encoder(objects), objects.is_object)
         return {
-            level: self.knowledge_mapper(embedding, masks[level], map_sizes[level])
+            level: self.knowledge_mapper(embedding, masks[level], features[level].shape[-2:])
             for level, embedding in zip(features, interacted, strict=True)
         }

@@ -1,6 +1,6 @@
 """Label encoder of LGD (section 3.1 of the paper): boxes and classes to one embedding per object, as in PointNet.
 
-Shapes: N images, M object slots per image, K classes, D = 4 + K descriptor length, C channels.
+Shapes: N images, M object slots per image, K classes, D = 4 + K descriptor length (53 + K with masks), C channels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from training.distillers.lgd.instance_masks import CROP_CELLS
 from training.distillers.lgd.normalization import normalize_vectors
 from training.distillers.lgd.objects import ObjectBatch
 
@@ -20,18 +21,21 @@ GLOBAL_CHANNELS = 1024
 
 
 def object_descriptors(objects: ObjectBatch, num_classes: int) -> Tensor:
-    """Box and class of each object as a vector in [-1, 1]: (x1, y1, x2, y2) by the padded size, one-hot class.
+    """Each object as a vector in [-1, 1]: (x1, y1, x2, y2) by the padded size, one-hot class, crop of its mask if any.
 
     The affine map to [-1, 1] covers the class code too, so an object without a class has -1 throughout.
 
     Returns:
-        (N, M, 4 + K).
+        (N, M, D).
     """
     height, width = objects.padded_size
     corners = torch.stack((objects.boxes[..., 0::2] / width, objects.boxes[..., 1::2] / height), dim=-1).flatten(-2)
     # Written as a comparison because F.one_hot knows no "none of them".
     class_code = objects.classes[..., None] == torch.arange(num_classes, device=objects.classes.device)
-    return 2 * torch.cat((corners, class_code.to(corners.dtype)), dim=-1) - 1
+    parts = [corners, class_code.to(corners.dtype)]
+    if objects.mask_crops is not None:
+        parts.append(objects.mask_crops)
+    return 2 * torch.cat(parts, dim=-1) - 1
 
 
 class NormalizedLinear(nn.Linear):
@@ -65,12 +69,16 @@ class TransformNet(nn.Module):
 
 
 class LabelEncoder(nn.Module):
-    """Labels of a batch -> (N, M, C) label embeddings, each aware of all objects of its own image."""
+    """Labels of a batch -> (N, M, C) label embeddings, each aware of all objects of its own image.
 
-    def __init__(self, *, channels: int, num_classes: int) -> None:
+    Args:
+        use_masks: The batches carry crops of the objects' masks.
+    """
+
+    def __init__(self, *, channels: int, num_classes: int, use_masks: bool = False) -> None:
         super().__init__()
         self.num_classes = num_classes
-        num_inputs = 4 + num_classes
+        num_inputs = 4 + num_classes + (CROP_CELLS**2 if use_masks else 0)
         self.local = nn.Sequential(
             TransformNet(num_inputs), NormalizedLinear(num_inputs, LOCAL_CHANNELS), TransformNet(LOCAL_CHANNELS)
         )

@@ -35,12 +35,14 @@ class ObjectBatch:
         classes: (N, M) class ids, `NO_CLASS` where there is none.
         is_object: (N, M) True for an object, False for padding.
         padded_size: (Hp, Wp).
+        mask_crops: (N, M, 49) each object's mask within its box, zeros and ones; None where masks are not used.
     """
 
     boxes: Tensor
     classes: Tensor
     is_object: Tensor
     padded_size: tuple[int, int]
+    mask_crops: Tensor | None = None
 
 
 def objects_from_instances(
@@ -56,7 +58,7 @@ def objects_from_instances(
     With `context_object` each image with objects gets one more, last: the whole padded image, without a class. An image
     without objects is represented by a single box (0, 0, 1, 1) without a class, in the last slot.
 
-    The tensors are assembled where the labels are and moved once, so that labels on the CPU cost no synchronisation.
+    The tensors are assembled where the labels are and moved once: labels on the CPU cost no synchronisation.
 
     Raises:
         LgdInputError: A class id is outside [0, num_classes).
@@ -74,41 +76,55 @@ def objects_from_instances(
             extra = []
         boxes.append(torch.cat((image_boxes, image_boxes.new_tensor(extra).reshape(-1, 4))))
         classes.append(torch.cat((instances.gt_classes, instances.gt_classes.new_full((len(extra),), NO_CLASS))))
-    padded_boxes = pad_sequence(boxes, batch_first=True, padding_side="left")
+    padded_boxes = in_slots(boxes)
     x = padded_boxes[..., 0::2].clamp(0, width - 1)
     y = padded_boxes[..., 1::2].clamp(0, height - 1)
-    is_object = pad_sequence([torch.ones_like(c, dtype=torch.bool) for c in classes], True, padding_side="left")
     return ObjectBatch(
-        boxes=torch.stack((x, y), dim=-1).flatten(-2).to(device),
-        classes=pad_sequence(classes, True, padding_value=NO_CLASS, padding_side="left").to(device),
-        is_object=is_object.to(device),
+        boxes=on_device(torch.stack((x, y), dim=-1).flatten(-2), device),
+        classes=on_device(in_slots(classes, NO_CLASS), device),
+        is_object=on_device(in_slots([torch.ones_like(c, dtype=torch.bool) for c in classes]), device),
         padded_size=padded_size,
     )
 
 
-def object_masks(
-    objects: ObjectBatch, map_sizes: Mapping[str, tuple[int, int]], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """Which cells of each feature map lie inside each object's box: {level: (N, M, Hl * Wl)} of zeros and ones.
+def in_slots(of_images: Sequence[Tensor], padding: float = 0) -> Tensor:
+    """Each image's (n, ...) objects in the last of M slots: (N, M, ...)."""
+    return pad_sequence(list(of_images), batch_first=True, padding_value=padding, padding_side="left")
 
-    A cell is its integer index, without half a cell added, and a box is scaled by the true ratio Wl / Wp. So a box
-    smaller than a cell may cover none, and a box without area covers none (the quotient is NaN or infinite).
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; the host does not wait for what the device is doing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def box_masks(
+    objects: ObjectBatch, map_sizes: Mapping[str, tuple[int, int]], *, grid_offset: float = 0.0
+) -> dict[str, Tensor]:
+    """Which cells of each feature map lie inside each object's box: {level: (N, M, Hl * Wl) bool}.
+
+    A box is scaled by the true ratio Wl / Wp. One smaller than a cell may cover none, and one without area covers none
+    (the quotient is NaN or infinite).
+
+    Args:
+        grid_offset: Where in a cell its point is. 0 is the reference's: a cell is its integer index, half a cell beside
+            detectron2's pixel centres, which 0.5 stands for.
     """
     height, width = objects.padded_size
     masks = {}
     for level, (map_height, map_width) in map_sizes.items():
-        x = _cells_inside(objects.boxes[..., 0::2] * (map_width / width), map_width)
-        y = _cells_inside(objects.boxes[..., 1::2] * (map_height / height), map_height)
-        inside = y[..., :, None] & x[..., None, :] & objects.is_object[..., None, None]
-        masks[level] = inside.flatten(-2).to(dtype)
+        x = _cells_inside(objects.boxes[..., 0::2] * (map_width / width), map_width, grid_offset)
+        y = _cells_inside(objects.boxes[..., 1::2] * (map_height / height), map_height, grid_offset)
+        masks[level] = (y[..., :, None] & x[..., None, :] & objects.is_object[..., None, None]).flatten(-2)
     return masks
 
 
-def _cells_inside(interval: Tensor, num_cells: int) -> Tensor:
-    """(N, M, 2) intervals in cells -> (N, M, num_cells), True where an index is within half an extent of the centre."""
+def _cells_inside(interval: Tensor, num_cells: int, grid_offset: float) -> Tensor:
+    """(N, M, 2) intervals in cells -> (N, M, num_cells), True where a cell is within half an extent of the centre."""
     start, end = interval[..., 0:1], interval[..., 1:2]
-    index = torch.arange(num_cells, device=interval.device)
-    return ((start + end) * 0.5 - index).abs() / (end - start) <= 0.5
+    cell = torch.arange(num_cells, device=interval.device) + grid_offset
+    return ((start + end) * 0.5 - cell).abs() / (end - start) <= 0.5
 
 
 def _require_known_classes(gt_instances: Sequence[Instances], num_classes: int) -> None:

@@ -11,14 +11,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from detectron2.structures import PolygonMasks
 from torch import Tensor
 from torch.nn import functional as F
 
 from training.distillers.lgd.distiller import LgdConfig
 
 EPSILON = 1e-5
+
+
+@dataclass
+class LoopObject:
+    """A clamped box, and of what it was made from the class and the rectangle that is its mask."""
+
+    box: list[float]
+    class_id: int | None
+    labelled_box: list[float]
+    mask: tuple[int, int, int, int] | None
+    covers_all: bool = False
 
 
 @dataclass
@@ -45,25 +58,43 @@ class LoopTeacher:
         for index in range(5):
             hidden = self.layer(f"{name}.matrix.{index}", hidden)
         matrix = self.linear(f"implicit_teacher.{name}.matrix.5", hidden).reshape(len(x), len(x))
-        return torch.stack([sum(x[row] * matrix[row, column] for row in range(len(x))) for column in range(len(x))])
+        result = torch.zeros_like(x)
+        for row in range(len(x)):
+            result = result + x[row] * matrix[row]
+        return result
 
-    def objects(self, boxes: list[list[float]], classes: list[int]) -> list[tuple[list[float], int | None]]:
-        """Clamped boxes and classes of an image, with what is added to them."""
+    def objects(self, boxes: list[list[float]], classes: list[int], masks: list[Any]) -> list[LoopObject]:
+        """The objects of an image, with what is added to them."""
         height, width = self.padded_size
-        rows: list[tuple[list[float], int | None]] = list(zip(boxes, classes, strict=True))
+        rows: list[tuple[Any, ...]] = list(zip(boxes, classes, boxes, masks, strict=True))
         if not rows:
-            rows = [([0.0, 0.0, 1.0, 1.0], None)]
+            rows = [([0.0, 0.0, 1.0, 1.0], None, [0.0, 0.0, 1.0, 1.0], None, self.config.context_object)]
         elif self.config.context_object:
-            rows.append(([0.0, 0.0, float(width), float(height)], None))
+            whole = [0.0, 0.0, float(width), float(height)]
+            rows.append((whole, None, whole, (0, 0, width, height), True))
         limits = (width - 1, height - 1, width - 1, height - 1)
-        return [([min(max(v, 0.0), limit) for v, limit in zip(box, limits, strict=True)], c) for box, c in rows]
+        return [
+            LoopObject([min(max(v, 0.0), limit) for v, limit in zip(box, limits, strict=True)], *others)
+            for box, *others in rows
+        ]
 
-    def label_embeddings(self, rows: list[tuple[list[float], int | None]]) -> list[Tensor]:
+    def crop(self, row: LoopObject) -> list[float]:
+        """The mask at the middles of 7 x 7 cells of the labelled box."""
+        x1, y1, x2, y2 = row.labelled_box
+        return [
+            float(within(row.mask, x1 + (column + 0.5) * (x2 - x1) / 7, y1 + (line + 0.5) * (y2 - y1) / 7))
+            for line in range(7)
+            for column in range(7)
+        ]
+
+    def label_embeddings(self, rows: list[LoopObject]) -> list[Tensor]:
         height, width = self.padded_size
         local, wide = [], []
-        for (x1, y1, x2, y2), class_id in rows:
-            code = [1.0 if k == class_id else 0.0 for k in range(self.num_classes)]
+        for row in rows:
+            x1, y1, x2, y2 = row.box
+            code = [1.0 if k == row.class_id else 0.0 for k in range(self.num_classes)]
             values = [x1 / width, y1 / height, x2 / width, y2 / height, *code]
+            values += self.crop(row) if self.config.use_masks else []
             x = torch.tensor([2 * value - 1 for value in values], dtype=torch.float64)
             x = self.layer("label_encoder.local.1", self.transform("label_encoder.local.0", x))
             local.append(self.transform("label_encoder.local.2", x))
@@ -73,7 +104,10 @@ class LoopTeacher:
             image_wide = torch.maximum(image_wide, other)
         return [self.layer("label_encoder.embedding", torch.cat((x, image_wide))) for x in local]
 
-    def cells(self, box: list[float], map_height: int, map_width: int) -> list[tuple[int, int]]:
+    def cells(self, row: LoopObject, map_height: int, map_width: int) -> list[tuple[int, int]]:
+        if self.config.use_masks:
+            return self.cells_of_mask(row, map_height, map_width)
+        box, offset = row.box, self.config.grid_offset
         height, width = self.padded_size
         x1, x2 = (box[i] * map_width / width for i in (0, 2))
         y1, y2 = (box[i] * map_height / height for i in (1, 3))
@@ -82,8 +116,21 @@ class LoopTeacher:
             for row in range(map_height)
             for column in range(map_width)
             if x2 > x1 and y2 > y1
-            if abs(column - (x1 + x2) / 2) <= (x2 - x1) / 2 and abs(row - (y1 + y2) / 2) <= (y2 - y1) / 2
+            if abs(column + offset - (x1 + x2) / 2) <= (x2 - x1) / 2
+            if abs(row + offset - (y1 + y2) / 2) <= (y2 - y1) / 2
         ]
+
+    def cells_of_mask(self, row: LoopObject, map_height: int, map_width: int) -> list[tuple[int, int]]:
+        """Those whose pixel lies on the mask; a pixel is where its middle is."""
+        height, width = self.padded_size
+        cells = []
+        for line in range(map_height):
+            for column in range(map_width):
+                y = math.floor((line + self.config.grid_offset) * height / map_height)
+                x = math.floor((column + self.config.grid_offset) * width / map_width)
+                if row.covers_all or within(row.mask, x + 0.5, y + 0.5):
+                    cells.append((line, column))
+        return cells
 
     def appearance(self, features: Tensor, cells: list[tuple[int, int]]) -> Tensor:
         total = torch.zeros(len(features), dtype=torch.float64)
@@ -111,14 +158,14 @@ class LoopTeacher:
             )
         return self.linear(f"{name}.out_proj", torch.cat(heads))
 
-    def teacher_features(self, features: Tensor, rows: list[tuple[list[float], int | None]]) -> Tensor:
+    def teacher_features(self, features: Tensor, rows: list[LoopObject]) -> Tensor:
         """(C, H, W) of one image at one level -> the same of the teacher."""
         _, map_height, map_width = features.shape
         source = features.detach() if self.config.detach_appearance else features
         projected = standardized(self.convolution("implicit_teacher.appearance_encoder.projection", source)).clamp(
             min=0
         )
-        covered = [self.cells(box, map_height, map_width) for box, _ in rows]
+        covered = [self.cells(row, map_height, map_width) for row in rows]
         appearance = [self.appearance(projected, cells) for cells in covered]
         labels = [self.layer("relation_adapter.label_projection", u) for u in self.label_embeddings(rows)]
         asking, answering = (appearance, labels) if self.config.query == "appearance" else (labels, appearance)
@@ -129,10 +176,10 @@ class LoopTeacher:
         painted_rows = len(rows) - 1 if self.config.context_object else len(rows)
         for index in range(painted_rows):
             vector = self.linear(f"{mapper}.object_projection", interacted[index])
+            where = torch.zeros(map_height, map_width, dtype=torch.float64)
             for row, column in covered[index]:
-                cell = torch.zeros(map_height, map_width, dtype=torch.float64)
-                cell[row, column] = 1
-                painted = painted + vector[:, None, None] * cell
+                where[row, column] = 1
+            painted = painted + vector[:, None, None] * where
         result = self.convolution(f"{mapper}.spread", painted)
         if self.config.context_object:
             result = result + self.linear(f"{mapper}.context_projection", interacted[-1])[:, None, None]
@@ -144,6 +191,10 @@ class LoopTeacher:
         for index in (0, 2):
             features = self.convolution(f"adapter.{index}", features).clamp(min=0)
         return self.convolution("adapter.4", features)
+
+
+def within(rectangle: tuple[int, int, int, int] | None, x: float, y: float) -> bool:
+    return rectangle is not None and rectangle[0] <= x < rectangle[2] and rectangle[1] <= y < rectangle[3]
 
 
 def standardized(x: Tensor) -> Tensor:
@@ -167,9 +218,21 @@ BOXES: list[list[list[float]]] = [
     [[-4.0, 20.5, 130.0, 90.0]],
 ]
 
+# A rectangle each, at multiples of a seventh of its box or beyond it: 7 x 7 cells then need no fraction of a cell.
+MASKED_BOXES: list[list[list[float]]] = [
+    [[4.0, 6.0, 60.0, 48.0], [30.0, 10.0, 93.0, 59.0], [70.0, 40.0, 77.0, 47.0]],
+    [],
+    [[-14.0, 20.0, 126.0, 90.0]],
+]
+MASKS = [[(12, 6, 44, 36), (48, 17, 93, 45), (71, 42, 75, 47)], [], [(-14, 30, 66, 70)]]
+
+PYRAMID = {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}
 CASES = {
-    "context": (LgdConfig(loss_weight=0.7), 32, 5, {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}),
-    "no context": (LgdConfig(context_object=False), 32, 5, {"p2": (16, 24), "p3": (8, 12), "p4": (4, 6)}),
+    "context": (LgdConfig(loss_weight=0.7), 32, 5, PYRAMID),
+    "no context": (LgdConfig(context_object=False), 32, 5, PYRAMID),
+    "middles of cells": (LgdConfig(grid_offset=0.5, num_heads=4), 16, 3, {"p3": (8, 12), "p4": (4, 6)}),
+    "masks": (LgdConfig(use_masks=True, context_object=False, num_heads=2), 8, 3, {"p3": (8, 12), "p5": (2, 3)}),
+    "masks and context": (LgdConfig(use_masks=True, grid_offset=0.5, num_heads=2), 8, 3, {"p3": (8, 12)}),
     "detached": (LgdConfig(detach_appearance=True, num_heads=2), 8, 1, {"p4": (4, 6)}),
     "labels ask": (LgdConfig(query="label", num_heads=4), 16, 3, {"p5": (2, 3), "p6": (1, 2), "p7": (1, 1)}),
 }
@@ -185,10 +248,18 @@ def test_teacher_loss_and_all_gradients_equal_a_computation_in_loops(case: str, 
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)  # attention's biases start at zero, which would hide them
     padded_size = (64, 96)
-    classes = [[index % num_classes for index in range(len(boxes))] for boxes in BOXES]
-    gt_instances = [labels(b, c, padded_size) for b, c in zip(BOXES, classes, strict=True)]
+    boxes = MASKED_BOXES if config.use_masks else BOXES
+    classes = [[index % num_classes for index in range(len(of_image))] for of_image in boxes]
+    gt_instances = [labels(b, c, padded_size) for b, c in zip(boxes, classes, strict=True)]
+    masks: list[list[Any]] = [[None] * len(of_image) for of_image in boxes]
+    if config.use_masks:
+        masks = MASKS
+        for instances, of_image in zip(gt_instances, masks, strict=True):
+            instances.gt_masks = PolygonMasks(
+                [[np.array([x1, y1, x2, y1, x2, y2, x1, y2])] for x1, y1, x2, y2 in of_image]
+            )
     features = {
-        level: torch.randn(len(BOXES), channels, *size, dtype=torch.float64, requires_grad=True)
+        level: torch.randn(len(boxes), channels, *size, dtype=torch.float64, requires_grad=True)
         for level, size in map_sizes.items()
     }
 
@@ -198,8 +269,8 @@ def test_teacher_loss_and_all_gradients_equal_a_computation_in_loops(case: str, 
     loops = LoopTeacher(dict(distiller.named_parameters()), num_classes, config, padded_size)
     expected: dict[str, Tensor] = {}
     for level, feature in features.items():
-        images = zip(feature, BOXES, classes, strict=True)
-        expected[level] = torch.stack([loops.teacher_features(x, loops.objects(b, c)) for x, b, c in images])
+        images = zip(feature, boxes, classes, masks, strict=True)
+        expected[level] = torch.stack([loops.teacher_features(x, loops.objects(b, c, m)) for x, b, c, m in images])
     students = [image for feature in features.values() for image in feature]
     expected_loss = distillation_loss_in_loops(loops, students, [i for t in expected.values() for i in t])
 

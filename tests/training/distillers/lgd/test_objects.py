@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.distillers.lgd.label_encoder import object_descriptors
-from training.distillers.lgd.objects import NO_CLASS, LgdInputError, ObjectBatch, object_masks, objects_from_instances
+from training.distillers.lgd.objects import NO_CLASS, LgdInputError, ObjectBatch, box_masks, objects_from_instances
 
 CPU = torch.device("cpu")
 SIZE = (64, 96)
@@ -67,7 +67,7 @@ def test_masks_equal_a_test_of_every_cell(labels: Callable[..., Any]) -> None:
     corners = torch.rand(40, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([110.0, 70.0]) - 5
     batch = _collect([labels(corners.flatten(1), [0] * 40)], context_object=True)
     sizes = {"p2": (16, 24), "p4": (4, 6), "odd": (5, 7), "p7": (1, 1)}
-    masks = object_masks(batch, sizes)
+    masks = box_masks(batch, sizes)
 
     for level, (map_height, map_width) in sizes.items():
         assert masks[level].shape == (1, 41, map_height * map_width)
@@ -85,13 +85,13 @@ def test_masks_equal_a_test_of_every_cell(labels: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("box", [[30, 30, 30, 30], [10, 10, 10, 50], [9, 9, 15, 15], [500, 500, 600, 600]])
 def test_boxes_without_area_or_between_the_cells_cover_nothing(labels: Callable[..., Any], box: list[int]) -> None:
     batch = _collect([labels([box], [0])], context_object=False)
-    assert not object_masks(batch, {"p3": (4, 6)})["p3"].any()
+    assert not box_masks(batch, {"p3": (4, 6)})["p3"].any()
 
 
 def test_padding_covers_nothing_whatever_its_box_holds() -> None:
     boxes = torch.tensor([0.0, 0.0, 95.0, 63.0]).expand(1, 2, 4)
     is_object = torch.tensor([[False, True]])
     batch = ObjectBatch(boxes=boxes, classes=torch.zeros(1, 2), is_object=is_object, padded_size=SIZE)
-    masks = object_masks(batch, {"p3": (8, 12)})["p3"]
+    masks = box_masks(batch, {"p3": (8, 12)})["p3"]
     assert not masks[0, 0].any()
     assert masks[0, 1].all()
