@@ -16,9 +16,12 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.dataset_config.DatasetError                2   the annotations or the images they name are wrong
     training.distillers.lgd.objects.LgdInputError       2   the recipe, labels or pyramid do not fit the distiller
     training.embedded_sources.EmbeddedSourceMissing     4   a package that the embedded data set needs is missing
-    training.train.TrainingInputError                   2   what training starts from is missing
-    training.train.LossNotFinite                        3   training diverged
+    training.loader.TrainingInputError                  2   what training starts from is missing
+    training.divergence.LossNotFinite                   3   training diverged
+    training.launch.LaunchError                         2   the processes do not fit the batch or the machine
     training.evaluate.DeviceUnavailable                 4   the recipe asks for a GPU that is not there
+    training.acceleration.CompilerMissing               4   the recipe compiles and there is no compiler
+    training.tracking.TrackerMissing                    4   the recipe logs to a tracker that is not installed
     training.checkpoint.CheckpointDamaged               5   a checkpoint cannot be read
     training.backbones.timm_backbone.UnsupportedBackbone 2   no such timm model, or it cannot be a backbone
     training.backbones.weight_file.WeightsUnusable      2   pretrained weights are missing or of another network

@@ -21,7 +21,8 @@ from training.embedded_dataset import generate
 from training.evaluate import inference_loader
 from training.strip import strip as strip_checkpoint
 from training.student import build_student
-from training.train import METRICS_FILE, distilled_detector
+from training.tracking import METRICS_FILE
+from training.train import distilled_detector
 from training.train import train as train_student
 
 STUDENT_CHECKPOINT = "student.pth"

@@ -10,6 +10,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
+from training.divergence import diverged, names_not_finite
+
 FINAL_CHECKPOINT = "model_final.pth"
 
 
@@ -22,10 +24,17 @@ class CheckpointDamaged(ValueError):
 class StudentCheckpointer(DetectionCheckpointer):
     """detectron2's checkpointer with writes that a ``kill -9`` or a full disk cannot leave half done.
 
-    ``model`` is the student alone, under its stock keys; the distiller and the trainer are named extras.
+    ``model`` is the student alone, under its stock keys, as it is evaluated and shipped; the distiller and the trainer
+    are named extras. With ``training.ema_decay`` ``model`` is the average, and the weights that are trained are one
+    more extra, ``student_without_average``.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            LossNotFinite: something in it is infinite or NaN; nothing is written.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {
@@ -33,6 +42,12 @@ class StudentCheckpointer(DetectionCheckpointer):
             **{key: obj.state_dict() for key, obj in self.checkpointables.items()},
         }
         data |= kwargs
+        not_finite = names_not_finite(data)
+        if not_finite:
+            more = f" and {len(not_finite) - 3} more" if len(not_finite) > 3 else ""
+            raise diverged(
+                f"after iteration {kwargs.get('iteration', '?')} {', '.join(not_finite[:3])}{more} are not finite"
+            )
         directory = Path(self.save_dir)
         write_atomically(data, directory / f"{name}.pth")
         self.tag_last_checkpoint(f"{name}.pth")

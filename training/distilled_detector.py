@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from detectron2.engine import HookBase
+from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from training.detection_losses import (
@@ -42,10 +46,12 @@ class DistilledDetector(nn.Module):
         """Losses in training mode; the student's own detections in eval mode."""
         if not self.training:
             return self.student(batched_inputs)
-        student = self.student
+        student, phase = self.student, self.schedule.phase(self.iteration)
+        batched_inputs = on_device(batched_inputs, next(student.parameters()).device)
         images = student.preprocess_image(batched_inputs)
-        features = student.backbone(images.tensor)
-        gt_instances = [x["instances"].to(images.device) for x in batched_inputs]
+        with without_bottom_up_gradient(student) if phase.freeze_backbone else nullcontext():
+            features = student.backbone(images.tensor)
+        gt_instances = [x["instances"] for x in batched_inputs]
         before = loss_normalizer(student)
         losses = dict(detection_losses(student, images, features, gt_instances))
 
@@ -57,28 +63,21 @@ class DistilledDetector(nn.Module):
             features={level: features[level] for level in distilled_levels(student)},
             gt_instances=gt_instances,
             padded_size=tuple(images.tensor.shape[-2:]),
-            distill=self.schedule.phase(self.iteration).distill,
+            distill=phase.distill,
             teacher_losses=teacher_losses,
         )
         return losses
 
 
 class DistillationHook(HookBase):
-    """Keeps the module's iteration, freezes the bottom-up network while the schedule says so, and carries the loss
-    normaliser, which detectron2 keeps outside the state dict, through checkpoints."""
+    """Keeps the module's iteration, and carries the loss normaliser, which detectron2 keeps outside the state dict,
+    through checkpoints."""
 
     def __init__(self, detector: DistilledDetector) -> None:
         self._detector = detector
 
     def before_step(self) -> None:
         self._detector.iteration = self.trainer.iter
-
-    def after_backward(self) -> None:
-        if self._detector.schedule.phase(self.trainer.iter).freeze_backbone:
-            # Gradients are dropped rather than requires_grad toggled: DDP keeps its buckets, and without a gradient
-            # neither momentum nor weight decay moves a parameter.
-            for parameter in bottom_up(self._detector.student).parameters():
-                parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"loss_normalizer": loss_normalizer(self._detector.student)}
@@ -90,3 +89,54 @@ class DistillationHook(HookBase):
 def bottom_up(student: nn.Module) -> nn.Module:
     """The network below the pyramid; the whole backbone where there is no pyramid."""
     return getattr(student.backbone, "bottom_up", student.backbone)
+
+
+@contextmanager
+def without_bottom_up_gradient(student: nn.Module) -> Iterator[None]:
+    """Run the network below the pyramid without recording a gradient, and the pyramid itself with one.
+
+    No gradient is computed to be thrown away. As its parameters have none, neither momentum nor weight decay moves
+    them, and DDP treats them as unused. Batch statistics are gathered as ever.
+
+    Deviation: the reference computes the gradients and then drops them, with the same effect.
+    """
+    network = bottom_up(student)
+    if network is student.backbone:
+        with torch.no_grad():
+            yield
+        return
+
+    def without_gradient(images: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            features: dict[str, Tensor] = network(images)
+        return features
+
+    # An attribute of the instance hides the submodule of that name. A hook would go unnoticed by compiled code.
+    vars(student.backbone)["bottom_up"] = without_gradient
+    try:
+        yield
+    finally:
+        del vars(student.backbone)["bottom_up"]
+
+
+def on_device(batched_inputs: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
+    """Images and labels on ``device``, sent without waiting for them; what is there already is not copied."""
+    return [
+        {
+            **given,
+            "image": given["image"].to(device, non_blocking=True),
+            "instances": _instances_on(given["instances"], device),
+        }
+        for given in batched_inputs
+    ]
+
+
+def _instances_on(instances: Instances, device: torch.device) -> Instances:
+    moved = Instances(instances.image_size)
+    for name, value in instances.get_fields().items():
+        if isinstance(value, Boxes):  # its own `to` knows no non_blocking
+            value = Boxes(value.tensor.to(device, non_blocking=True))
+        elif hasattr(value, "to"):  # tensors and bit masks; polygons stay lists
+            value = value.to(device, non_blocking=True)
+        moved.set(name, value)
+    return moved

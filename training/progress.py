@@ -91,7 +91,7 @@ class ProgressWriter(EventWriter):
         seconds = histories["time"].median(self._config.log_period_iters)
         left = int(seconds * (self._config.max_iter - storage.iter - 1))
         losses = "  ".join(
-            f"{name.removeprefix('loss_')} {history.median(self._config.log_period_iters):.3f}"
+            f"{name.removeprefix('loss_')} {history.latest():.3f}"
             for name, history in histories.items()
             if "loss" in name and name != "total_loss"
         )
@@ -99,7 +99,7 @@ class ProgressWriter(EventWriter):
             "iteration %d of %d  loss %.3f (%s)%s  %.1f images/s  %d:%02d left",
             storage.iter + 1,
             self._config.max_iter,
-            histories["total_loss"].median(self._config.log_period_iters),
+            histories["total_loss"].latest(),
             losses,
             f"  AP {histories['AP'].latest():.1f}" if "AP" in histories else "",
             self._config.images_per_batch / seconds,
