@@ -5,6 +5,7 @@ Shape legend: N images, R detection slots.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class InferenceSettings(NamedTuple):
         num_candidates: the largest top-k that the graph takes.
         score_threshold, nms_threshold: what a detection passes.
         max_detections: R.
+        mask_size: cells along the edge of a mask; None for a detector of boxes alone.
     """
 
     num_classes: int
@@ -29,6 +31,17 @@ class InferenceSettings(NamedTuple):
     score_threshold: float
     nms_threshold: float
     max_detections: int
+    mask_size: int | None = None
+
+
+def boxes_from_deltas(deltas: Tensor, boxes: Tensor, weights: Sequence[float], scale_clamp: float) -> Tensor:
+    """detectron2's ``Box2BoxTransform.apply_deltas``, operation for operation, on (…, 4) deltas and xyxy boxes."""
+    size = boxes[..., 2:] - boxes[..., :2]
+    centre = boxes[..., :2] + 0.5 * size
+    deltas = deltas.float() / deltas.new_tensor(weights, dtype=torch.float32)
+    centre = deltas[..., :2] * size + centre
+    size = deltas[..., 2:].clamp(max=scale_clamp).exp() * size
+    return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 def on_canvas(

@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from export.signature import OUTPUT_NAMES, Detections, DetectorSignature, detections_from_outputs
+from export.signature import Detections, DetectorSignature, detections_from_outputs
 from export.targets.tensorrt_target import EngineUnavailable, load_tensorrt, quiet_logger
 
 
@@ -67,7 +67,8 @@ class TorchRunner(Runner):
         # cuDNN would use TF32 for convolutions, which is not the precision that parity is about.
         with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             outputs = self._graph(torch.from_numpy(images).to(self._device))
-        return detections_from_outputs([output.cpu().numpy() for output in outputs])
+        arrays = [output.cpu().numpy() for output in outputs]
+        return detections_from_outputs(dict(zip(self.signature.output_names, arrays, strict=True)))
 
     def close(self) -> None:
         """Nothing to free: the graph is the caller's."""
@@ -112,7 +113,9 @@ class OnnxRuntimeRunner(Runner):
 
     def run(self, images: np.ndarray) -> list[Detections]:
         self.signature.check_images(images)
-        return detections_from_outputs(self._session.run(list(OUTPUT_NAMES), {self.signature.input_name: images}))
+        names = self.signature.output_names
+        outputs = self._session.run(list(names), {self.signature.input_name: images})
+        return detections_from_outputs(dict(zip(names, outputs, strict=True)))
 
     def close(self) -> None:
         del self._session
@@ -163,10 +166,9 @@ class TensorRTRunner(Runner):
             )
         self._context = self._engine.create_execution_context()
         self._stream = torch.cuda.Stream()
-        slots, batch = signature.max_detections, signature.max_batch_size
-        shapes = {"num_detections": (1,), "boxes": (slots, 4), "scores": (slots,), "labels": (slots,)}
         self._outputs = {
-            name: torch.empty((batch, *shapes[name]), device="cuda", dtype=_TORCH_DTYPES[name]) for name in OUTPUT_NAMES
+            name: torch.empty((signature.max_batch_size, *shape), device="cuda", dtype=_TORCH_DTYPES[dtype])
+            for name, (dtype, shape) in signature.outputs.items()
         }
 
     def run(self, images: np.ndarray) -> list[Detections]:
@@ -180,16 +182,11 @@ class TensorRTRunner(Runner):
                 self._context.set_tensor_address(name, buffer.data_ptr())
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise RuntimeError(f"engine: TensorRT failed to run a batch of {num_images}")
-            outputs = [self._outputs[name][:num_images].cpu().numpy() for name in OUTPUT_NAMES]
+            outputs = {name: buffer[:num_images].cpu().numpy() for name, buffer in self._outputs.items()}
         return detections_from_outputs(outputs)
 
     def close(self) -> None:
         del self._context, self._engine, self._runtime
 
 
-_TORCH_DTYPES = {
-    "num_detections": torch.int32,
-    "boxes": torch.float32,
-    "scores": torch.float32,
-    "labels": torch.int32,
-}
+_TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32}

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 SIGNATURE_FILE = "signature.json"
-OUTPUT_NAMES = ("num_detections", "boxes", "scores", "labels")
+
+DType = Literal["float32", "int32"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,19 +30,26 @@ class Detections:
         boxes: (M, 4) float32, xyxy in pixels of whatever image the context names.
         scores: (M,) float32 in [0, 1], descending.
         labels: (M,) int32, contiguous class indices.
+        masks: (M, S, S) float32 in [0, 1], the probability that a cell of the box, S x S of them, belongs to the
+            object; None from a detector of boxes alone. ``serving.mask_pasting`` draws them into the image.
     """
 
     boxes: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
+    masks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
 
     def above(self, score: float) -> Detections:
         """The detections whose score is greater than ``score``."""
-        keep = self.scores > score
-        return Detections(boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+        return self.where(self.scores > score)
+
+    def where(self, keep: np.ndarray) -> Detections:
+        """The detections that ``keep``, (M,) bool, marks."""
+        masks = None if self.masks is None else self.masks[keep]
+        return Detections(boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep], masks=masks)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +61,8 @@ class DetectorSignature:
     canvas, the rest filled with ``pad_value``. Mean and standard deviation are inside the graph.
 
     The outputs are ``num_detections`` (N, 1) int32, ``boxes`` (N, R, 4) float32 xyxy canvas pixels, ``scores`` (N, R)
-    float32 descending, ``labels`` (N, R) int32; slots from ``num_detections`` on are zero.
+    float32 descending, ``labels`` (N, R) int32 and, for instance segmentation, ``masks`` (N, R, S, S) float32 in
+    [0, 1]; slots from ``num_detections`` on are zero.
 
     Attributes:
         canvas_height, canvas_width: H and W in pixels.
@@ -64,6 +73,7 @@ class DetectorSignature:
         score_threshold, nms_threshold: what the graph applies; recorded for clients, not an input.
         class_names: name of each label.
         category_ids: the data set's category id of each label.
+        mask_size: S, cells along the edge of a mask; None: no masks.
     """
 
     canvas_height: int
@@ -79,6 +89,7 @@ class DetectorSignature:
     class_names: tuple[str, ...]
     category_ids: tuple[int, ...]
     input_name: str = "images"
+    mask_size: int | None = None
 
     def __post_init__(self) -> None:
         for field in ("pad_value", "class_names", "category_ids"):
@@ -97,6 +108,25 @@ class DetectorSignature:
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of one input image, (3, H, W)."""
         return (3, self.canvas_height, self.canvas_width)
+
+    @property
+    def outputs(self) -> dict[str, tuple[DType, tuple[int, ...]]]:
+        """Element type and shape of each output, the batch dimension left out, in the graph's order."""
+        slots = self.max_detections
+        outputs: dict[str, tuple[DType, tuple[int, ...]]] = {
+            "num_detections": ("int32", (1,)),
+            "boxes": ("float32", (slots, 4)),
+            "scores": ("float32", (slots,)),
+            "labels": ("int32", (slots,)),
+        }
+        if self.mask_size is not None:
+            outputs["masks"] = ("float32", (slots, self.mask_size, self.mask_size))
+        return outputs
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the outputs in the graph's order."""
+        return tuple(self.outputs)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -127,15 +157,19 @@ class DetectorSignature:
             raise ValueError(f"{self.input_name}: found batch {len(images)}, expected 1 to {self.max_batch_size}")
 
 
-def detections_from_outputs(outputs: Mapping[str, np.ndarray] | Sequence[np.ndarray]) -> list[Detections]:
-    """Split the graph's four batched outputs into one :class:`Detections` an image, without the empty slots.
+def detections_from_outputs(outputs: Mapping[str, np.ndarray]) -> list[Detections]:
+    """Split the graph's batched outputs into one :class:`Detections` an image, without the empty slots.
 
     Args:
-        outputs: the arrays by name, or in the order of ``OUTPUT_NAMES``.
+        outputs: the arrays by name; without ``masks`` from a detector of boxes alone.
     """
-    arrays: Any = [outputs[name] for name in OUTPUT_NAMES] if isinstance(outputs, Mapping) else outputs
-    counts, boxes, scores, labels = arrays
+    masks = outputs.get("masks")
     return [
-        Detections(boxes=boxes[i, :count], scores=scores[i, :count], labels=labels[i, :count])
-        for i, count in enumerate(counts[:, 0].tolist())
+        Detections(
+            boxes=outputs["boxes"][i, :count],
+            scores=outputs["scores"][i, :count],
+            labels=outputs["labels"][i, :count],
+            masks=None if masks is None else masks[i, :count],
+        )
+        for i, count in enumerate(outputs["num_detections"][:, 0].tolist())
     ]

@@ -19,7 +19,7 @@ import numpy as np
 from tritonclient import grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from export.signature import OUTPUT_NAMES, Detections, DetectorSignature, detections_from_outputs
+from export.signature import Detections, DetectorSignature, detections_from_outputs
 from serving.model_statistics import ModelStatistics
 from serving.preprocessing import canvas_from_image, detections_in_image, read_image
 
@@ -75,11 +75,11 @@ class TritonRunner:
         self.url, self.model_name, self.version = url, model_name, version
         self._timeout_seconds = timeout_seconds
         self._client = triton.InferenceServerClient(url)
-        self._outputs = [triton.InferRequestedOutput(name) for name in OUTPUT_NAMES]
         try:
             parameters = self._served_parameters(connect_seconds)
             self.signature = DetectorSignature.from_json(parameters["signature"])
             self.provenance: dict[str, Any] = json.loads(parameters.get("provenance", "{}"))
+            self._outputs = [triton.InferRequestedOutput(name) for name in self.signature.output_names]
         except KeyError:
             self.close()
             raise RequestRefused(
@@ -123,7 +123,7 @@ class TritonRunner:
             )
         except InferenceServerException as error:
             raise _translated(error, self.url, f"refused the request to model {self.model_name!r}") from error
-        return detections_from_outputs({name: result.as_numpy(name) for name in OUTPUT_NAMES})
+        return detections_from_outputs({name: result.as_numpy(name) for name in self.signature.output_names})
 
     def statistics(self) -> ModelStatistics:
         """The server's cumulative counters of this model; subtract two readings for what lies between them."""

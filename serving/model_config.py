@@ -197,18 +197,16 @@ def model_config_for(
         parameters |= {"num_threads": str(num_threads), "allow_spinning": str(int(allow_spinning))}
     elif backend == "onnxruntime" and num_threads:
         parameters["intra_op_thread_count"] = str(num_threads)
-    slots = signature.max_detections
+    data_types = {"float32": "FP32", "int32": "INT32"}
     return ModelConfig(
         name=name,
         backend=backend,
         max_batch_size=signature.max_batch_size,
         inputs=(TensorConfig(name=signature.input_name, data_type="UINT8", dims=signature.image_shape),),
-        outputs=(
-            # Triton 2.51 refuses outputs of dims [], so the count is (N, 1) and not (N,).
-            TensorConfig(name="num_detections", data_type="INT32", dims=(1,)),
-            TensorConfig(name="boxes", data_type="FP32", dims=(slots, 4)),
-            TensorConfig(name="scores", data_type="FP32", dims=(slots,)),
-            TensorConfig(name="labels", data_type="INT32", dims=(slots,)),
+        # Triton 2.51 refuses outputs of dims [], so the count is (N, 1) and not (N,).
+        outputs=tuple(
+            TensorConfig(name=output, data_type=data_types[dtype], dims=shape)
+            for output, (dtype, shape) in signature.outputs.items()
         ),
         instance_group=instance_group,
         dynamic_batching=dynamic_batching,

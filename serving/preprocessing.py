@@ -162,4 +162,4 @@ def detections_in_image(detections: Detections, placement: Placement) -> Detecti
     limit = np.array([placement.image_width, placement.image_height] * 2, np.float32)
     boxes = np.clip(detections.boxes.astype(np.float32, copy=False) * scale, np.float32(0), limit)
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return Detections(boxes=boxes[keep], scores=detections.scores[keep], labels=detections.labels[keep])
+    return dataclasses.replace(detections, boxes=boxes).where(keep)

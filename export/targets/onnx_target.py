@@ -16,7 +16,7 @@ import onnx
 import torch
 from torch import nn
 
-from export.signature import OUTPUT_NAMES, DetectorSignature
+from export.signature import DetectorSignature
 
 OPSET = 20
 SIGNATURE_KEY = "detector_signature"
@@ -83,27 +83,28 @@ def _exported(graph: nn.Module, signature: DetectorSignature) -> onnx.ModelProto
             dynamo=True,
             opset_version=OPSET,
             input_names=[signature.input_name],
-            output_names=list(OUTPUT_NAMES),
+            output_names=list(signature.output_names),
             dynamic_shapes=({0: batch},),
             verbose=False,
         )
         assert program is not None  # with dynamo=True it always returns the program
         model = program.model_proto
-    for node in _nodes(model.graph):  # stack traces with this machine's paths
-        node.ClearField("metadata_props")
+    names: set[str] = set()
+    for index, node in enumerate(_nodes(model.graph)):
+        node.ClearField("metadata_props")  # stack traces with this machine's paths
         node.ClearField("doc_string")
+        if node.name in names:  # loop bodies number their nodes from the start; TensorRT warns of each
+            node.name = f"{node.name}_{index}"
+        names.add(node.name)
     model.graph.ClearField("metadata_props")
     return model
 
 
 def _check_promise(model: onnx.ModelProto, signature: DetectorSignature) -> None:
-    slots = signature.max_detections
+    types = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
     expected = [
         (signature.input_name, onnx.TensorProto.UINT8, signature.image_shape),
-        ("num_detections", onnx.TensorProto.INT32, (1,)),
-        ("boxes", onnx.TensorProto.FLOAT, (slots, 4)),
-        ("scores", onnx.TensorProto.FLOAT, (slots,)),
-        ("labels", onnx.TensorProto.INT32, (slots,)),
+        *((name, types[dtype], shape) for name, (dtype, shape) in signature.outputs.items()),
     ]
     found = []
     for value in [*model.graph.input, *model.graph.output]:

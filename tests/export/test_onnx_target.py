@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from export.signature import OUTPUT_NAMES, DetectorSignature
+from export.signature import DetectorSignature
 from export.targets.onnx_target import SIGNATURE_KEY, export_onnx
 from tests.export.conftest import Exported, canvases
 
@@ -21,7 +21,7 @@ def test_the_file_takes_every_batch_size_and_fixes_every_other_dimension(exporte
     assert (images.name, images.type) == ("images", "tensor(uint8)")
     assert isinstance(images.shape[0], str)
     assert tuple(images.shape[1:]) == signature.image_shape
-    assert tuple(output.name for output in session.get_outputs()) == OUTPUT_NAMES
+    assert tuple(output.name for output in session.get_outputs()) == exported.signature.output_names
     batch = np.stack(canvases(signature.canvas_height, signature.canvas_width, signature.max_batch_size))
     for size in range(1, signature.max_batch_size + 1):
         outputs = session.run(None, {"images": batch[:size]})

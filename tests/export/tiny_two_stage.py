@@ -1,0 +1,85 @@
+"""Narrow Faster and Mask R-CNNs with random weights that detect."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.modeling.backbone import BasicStem, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock
+from torch import nn
+
+from export.signature import Detections
+from pipeline.recipe_parts.two_stage import faster_rcnn, mask_rcnn
+from tests.export.conftest import CLASS_NAMES, canvases
+from training.student import build_student
+
+SIZES = {"channels": 32, "smallest_anchor_pixels": 16, "num_proposals": 200, "box_head_channels": [64]}
+
+
+def tiny_bottom_up() -> object:
+    """Lazy call of a ResNet of one basic block a stage."""
+    stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock, num_blocks=1, stride_per_block=[s], in_channels=i, out_channels=o, norm="FrozenBN"
+        )
+        for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 80, 2))
+    ]
+    stem = L(BasicStem)(in_channels=3, out_channels=16, norm="FrozenBN")
+    return L(ResNet)(stem=stem, stages=stages, out_features=["res2", "res3", "res4", "res5"])
+
+
+def calibrated_rcnn(*, masks: bool, seed: int = 0, class_agnostic: bool = False) -> nn.Module:
+    """A tiny detector whose proposals, scores, boxes and masks vary enough to tell right from wrong."""
+    tree = (
+        mask_rcnn(tiny_bottom_up(), mask_head_channels=[16, 16], **SIZES)
+        if masks
+        else faster_rcnn(tiny_bottom_up(), **SIZES)
+    )
+    tree.roi_heads.box_predictor.cls_agnostic_bbox_reg = class_agnostic
+    detector = build_student(tree, num_classes=len(CLASS_NAMES), seed=seed).eval()
+    if class_agnostic and masks:
+        detector.roi_heads.mask_head.predictor = nn.Conv2d(16, 1, kernel_size=1)
+    _calibrate(detector)
+    return detector
+
+
+@torch.no_grad()
+def _calibrate(detector: nn.Module) -> None:
+    """Give every last layer outputs of a chosen spread on real canvases."""
+    images = detector.preprocess_image([{"image": torch.from_numpy(image)} for image in canvases(256, 256, 4, seed=1)])
+    features = detector.backbone(images.tensor)
+    rpn, heads = detector.proposal_generator, detector.roi_heads
+    levels = [features[name] for name in rpn.in_features]
+    logits, deltas = rpn.rpn_head(levels)
+    _scale(rpn.rpn_head.objectness_logits, logits, 2.0)
+    _scale(rpn.rpn_head.anchor_deltas, deltas, 0.3)
+    proposals, _ = rpn(images, features)
+    boxes = [p.proposal_boxes for p in proposals]
+    pooled = heads.box_head(heads.box_pooler([features[name] for name in heads.box_in_features], boxes))
+    scores, deltas = heads.box_predictor(pooled)
+    scores = scores - scores.mean(dim=0)
+    _scale(heads.box_predictor.cls_score, [scores], 1.5)
+    heads.box_predictor.cls_score.bias.copy_(-heads.box_predictor.cls_score(pooled).mean(dim=0))
+    heads.box_predictor.cls_score.bias[-1] += 1.5
+    _scale(heads.box_predictor.bbox_pred, [deltas], 1.0)
+    if heads.mask_on:
+        pooled = heads.mask_pooler([features[name] for name in heads.mask_in_features], boxes)
+        _scale(heads.mask_head.predictor, [heads.mask_head.layers(pooled)], 2.0)
+
+
+def _scale(layer: nn.Module, outputs: list[torch.Tensor], deviation: float) -> None:
+    layer.weight.mul_(deviation / torch.cat([output.flatten() for output in outputs]).std())
+
+
+def detectron2_detections(detector: nn.Module, canvas: np.ndarray) -> Detections:
+    """detectron2's own inference on the canvas, masks as its heads give them."""
+    with torch.no_grad():
+        found = detector.inference([{"image": torch.from_numpy(canvas)}], do_postprocess=False)[0]
+    found = found[found.pred_boxes.nonempty()]
+    return Detections(
+        boxes=found.pred_boxes.tensor.numpy(),
+        scores=found.scores.numpy(),
+        labels=found.pred_classes.numpy().astype(np.int32),
+        masks=found.pred_masks[:, 0].numpy() if found.has("pred_masks") else None,
+    )
