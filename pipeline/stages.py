@@ -47,14 +47,10 @@ def _dataset_digests(recipe: Recipe) -> Mapping[str, str]:
     """Digests of the user's own data set; the embedded one follows from the recipe."""
     if recipe.sections["dataset"].train is None:
         return {}
-    from pipeline.training_stages import own_datasets
-    from training.dataset import dataset_digest
+    from training.dataset_formats import own_datasets
 
     config = recipe.sections["dataset"]
-    return {
-        split: dataset_digest(dataset, include_pixels=config.digest_pixels)
-        for split, dataset in own_datasets(config).items()
-    }
+    return {split: own.digest(include_pixels=config.digest_pixels) for split, own in own_datasets(config).items()}
 
 
 STAGES = (

@@ -15,10 +15,12 @@ from torch import nn
 from pipeline.artifact import Artifact
 from pipeline.stage import Gate, StageContext, StageResult
 from training.checkpoint import FINAL_CHECKPOINT
-from training.coco_normalization import read_repairable, repaired_copy
-from training.dataset import CocoDataset, DatasetConfig, check_readable, check_same_classes, dataset_digest, read_coco
+from training.dataset import CocoDataset, check_readable, check_same_classes, read_coco
+from training.dataset_config import DatasetConfig
+from training.dataset_formats import own_datasets
 from training.embedded_dataset import generate
 from training.evaluate import inference_loader
+from training.own_dataset import OwnDataset
 from training.strip import strip as strip_checkpoint
 from training.student import build_student
 from training.tracking import METRICS_FILE
@@ -38,23 +40,24 @@ def data(context: StageContext) -> StageResult:
         train_file, validation_file = generate(
             context.directory, num_train=config.num_train, num_validation=config.num_validation, seed=config.seed
         )
-        datasets = {"train": read_coco(train_file), "validation": read_coco(validation_file)}
+        named = {"train": train_file, "validation": validation_file}
+        own = {split: OwnDataset(dataset=read_coco(file)) for split, file in named.items()}
     else:
-        datasets = own_datasets(config)
-    check_same_classes(datasets["train"], datasets["validation"])
+        own = own_datasets(config)
+    check_same_classes(own["train"].dataset, own["validation"].dataset)
     facts: dict[str, Any] = {
         "embedded": config.train is None,
-        "class_names": datasets["train"].class_names,
-        "category_ids": datasets["train"].category_ids,
+        "class_names": own["train"].dataset.class_names,
+        "category_ids": own["train"].dataset.category_ids,
     }
     num_checked = 0
     own_directory = Path(os.path.abspath(context.directory))
-    for split, dataset in datasets.items():
-        num_checked += check_readable(dataset)
-        digest = dataset_digest(dataset, include_pixels=config.digest_pixels)
+    for split, each in own.items():
+        digest = each.digest(include_pixels=config.digest_pixels)
+        dataset = each.usable(own_directory / f"instances_{split}.json")
         if dataset.changes:
             context.console.print(f"data: {split} reads a copy of the annotation file: {', '.join(dataset.changes)}")
-            dataset = repaired_copy(dataset, own_directory / f"instances_{split}.json")
+        num_checked += check_readable(dataset, named=each.dataset.annotation_file)
         described = dataclasses.asdict(dataset)
         del described["class_names"], described["category_ids"]
         for key in ("annotation_file", "image_dir"):
@@ -69,24 +72,6 @@ def data(context: StageContext) -> StageResult:
         reason="every annotation was checked; value: number of images decoded",
     )
     return StageResult(facts=facts, gates=[gate])
-
-
-def own_datasets(config: DatasetConfig) -> dict[str, CocoDataset]:
-    """The user's data set, as the recipe names it; ``changes`` says what keeps a file from being used as it is."""
-    assert config.train is not None
-    assert config.validation is not None
-    named = {
-        "train": (config.train, config.train_images),
-        "validation": (config.validation, config.validation_images),
-    }
-    return {
-        split: read_repairable(Path(file), _path(images), drop_degenerate_boxes=config.drop_degenerate_boxes)
-        for split, (file, images) in named.items()
-    }
-
-
-def _path(value: str | None) -> Path | None:
-    return None if value is None else Path(value)
 
 
 def dataset_of(artifact: Artifact, split: str) -> CocoDataset:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from training.dataset import CheckedMapper, CocoDataset, detectron2_dicts, register_with_detectron2
+from training.dataset_metrics import dataset_metrics
 
 RESULTS_FILE = "coco_instances_results.json"
 
@@ -32,6 +34,7 @@ def evaluate_detector(
 
     The detections are left in ``output_directory`` in COCO's results format, boxes XYWH in original image pixels.
     A model without any detection has AP 0. With ``keep_labels`` each input carries its ground truth as ``instances``.
+    :func:`training.dataset_metrics.dataset_metrics` adds what the data set's own field measures.
     """
     name = f"evaluated-{dataset.annotation_file.stem}"
     register_with_detectron2(name, dataset)
@@ -45,7 +48,8 @@ def evaluate_detector(
         results = inference_on_dataset(detector.eval(), loader, evaluator)
     detector.train(was_training)
     box = results["bbox"]
-    return {key: _or_zero(box[key]) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    scores = {key: _or_zero(box[key]) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    return scores | dataset_metrics(dataset, json.loads((output_directory / RESULTS_FILE).read_text()))
 
 
 def inference_loader(
