@@ -16,6 +16,7 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.dataset_config.DatasetError                2   the annotations or the images they name are wrong
     training.distillers.lgd.objects.LgdInputError       2   the recipe, labels or pyramid do not fit the distiller
     training.embedded_sources.EmbeddedSourceMissing     4   a package that the embedded data set needs is missing
+    training.detection_losses.UnsupportedStudent        2   the detector has no losses on given features
     training.loader.TrainingInputError                  2   what training starts from is missing
     training.divergence.LossNotFinite                   3   training diverged
     training.launch.LaunchError                         2   the processes do not fit the batch or the machine

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from training.detection_losses import (
     detection_losses,
     distilled_levels,
+    label_assignment,
     loss_normalizer,
     same_loss_normalizer,
     set_loss_normalizer,
@@ -53,11 +54,12 @@ class DistilledDetector(nn.Module):
             features = student.backbone(images.tensor)
         gt_instances = [x["instances"] for x in batched_inputs]
         before = loss_normalizer(student)
-        losses = dict(detection_losses(student, images, features, gt_instances))
+        assigned = label_assignment(student, features, gt_instances)
+        losses = dict(detection_losses(student, images, features, gt_instances, assigned))
 
         def teacher_losses(teacher_features: dict[str, Tensor]) -> dict[str, Tensor]:
             with same_loss_normalizer(student, before):
-                return detection_losses(student, images, {**features, **teacher_features}, gt_instances)
+                return detection_losses(student, images, {**features, **teacher_features}, gt_instances, assigned)
 
         losses |= self.distiller(
             features={level: features[level] for level in distilled_levels(student)},

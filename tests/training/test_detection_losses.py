@@ -4,19 +4,22 @@ from typing import Any
 
 import pytest
 import torch
+from dense_detectors import DENSE
 from detectron2.config import get_cfg
-from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
-from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from training.detection_losses import (
+    UnsupportedStudent,
     detection_losses,
     distilled_levels,
+    label_assignment,
     loss_normalizer,
     same_loss_normalizer,
+    set_loss_normalizer,
 )
 
 
@@ -33,18 +36,6 @@ def batch(num_images: int = 2, with_empty: bool = True) -> list[dict[str, Any]]:
         image = torch.randint(0, 256, (3, 96, 128), dtype=torch.uint8, generator=generator)
         inputs.append({"image": image, "instances": instances})
     return inputs
-
-
-def tiny_fcos(retinanet: nn.Module) -> FCOS:
-    torch.manual_seed(0)
-    return FCOS(
-        backbone=retinanet.backbone,
-        head=FCOSHead(input_shape=[ShapeSpec(channels=32)] * 5, num_classes=5, conv_dims=[32]),
-        head_in_features=["p3", "p4", "p5", "p6", "p7"],
-        num_classes=5,
-        pixel_mean=[0.0, 0.0, 0.0],
-        pixel_std=[1.0, 1.0, 1.0],
-    )
 
 
 def tiny_faster_rcnn() -> nn.Module:
@@ -72,13 +63,17 @@ def tiny_faster_rcnn() -> nn.Module:
     return build_model(config)
 
 
-@pytest.fixture(params=["RetinaNet", "FCOS", "Faster R-CNN"])
-def detector(request: pytest.FixtureRequest, tiny_retinanet: nn.Module) -> nn.Module:
-    if request.param == "RetinaNet":
-        return tiny_retinanet.train()
-    if request.param == "FCOS":
-        return tiny_fcos(tiny_retinanet).train()
-    return tiny_faster_rcnn().train()
+FAMILIES = {**DENSE, "Faster R-CNN": tiny_faster_rcnn}
+
+
+@pytest.fixture(params=FAMILIES)
+def detector(request: pytest.FixtureRequest) -> nn.Module:
+    return FAMILIES[request.param]().train()
+
+
+@pytest.fixture(params=DENSE)
+def dense(request: pytest.FixtureRequest) -> nn.Module:
+    return DENSE[request.param]().train()
 
 
 def test_on_the_backbones_own_features_the_losses_equal_the_stock_forward(detector: nn.Module) -> None:
@@ -97,30 +92,103 @@ def test_on_the_backbones_own_features_the_losses_equal_the_stock_forward(detect
         torch.testing.assert_close(found[name], value, rtol=0, atol=0)
 
 
-def test_a_second_pass_uses_the_same_loss_normalizer_and_leaves_no_trace(tiny_retinanet: nn.Module) -> None:
-    detector, inputs = tiny_retinanet.train(), batch()
+def test_given_the_assignment_the_losses_equal_the_stock_forward(detector: nn.Module) -> None:
+    inputs = batch()
+    instances = [x["instances"] for x in inputs]
+    with EventStorage():
+        torch.manual_seed(1)
+        expected = detector(inputs)
+        set_loss_normalizer(detector, None)
+        torch.manual_seed(1)
+        images = detector.preprocess_image(inputs)
+        features = detector.backbone(images.tensor)
+        assigned = label_assignment(detector, features, instances)
+        found = detection_losses(detector, images, features, instances, assigned)
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_the_assignment_serves_other_features_of_the_same_sizes_and_is_made_once(
+    dense: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = batch()
+    instances = [x["instances"] for x in inputs]
+    name = "label_anchors" if hasattr(dense, "label_anchors") else "label_locations"
+    calls = []
+    assign = getattr(dense, name)
+    monkeypatch.setattr(dense, name, lambda *args: calls.append(name) or assign(*args))
+    with EventStorage():
+        images = dense.preprocess_image(inputs)
+        features = dense.backbone(images.tensor)
+        others = {level: torch.randn_like(feature) for level, feature in features.items()}
+        assigned = label_assignment(dense, features, instances)
+        for given in (features, others, others):
+            set_loss_normalizer(dense, None)
+            found = detection_losses(dense, images, given, instances, assigned)
+        assert calls == [name]
+        set_loss_normalizer(dense, None)
+        expected = dense.forward_training(
+            images, [others[x] for x in dense.head_in_features], dense.head(list(others.values())), instances
+        )
+    assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_a_two_stage_detector_has_no_assignment_to_use_twice() -> None:
+    assert label_assignment(tiny_faster_rcnn(), {}, []) is None
+
+
+def test_a_dense_detector_without_a_rule_of_its_own_trains_by_its_own_forward(tiny_retinanet: nn.Module) -> None:
+    class Other(DenseDetector):
+        def forward_training(self, images, features, predictions, gt_instances):  # type: ignore[no-untyped-def]
+            return {"loss": predictions[0][0].sum()}
+
+    detector = Other(
+        tiny_retinanet.backbone, tiny_retinanet.head, ["p3", "p4", "p5", "p6", "p7"], pixel_mean=[0.0], pixel_std=[1.0]
+    )
+    inputs = batch()
+    images = tiny_retinanet.preprocess_image(inputs)
+    features = detector.backbone(images.tensor)
+    assigned = label_assignment(detector, features, [])
+    found = detection_losses(detector, images, features, [], assigned)
+    assert found["loss"].item() == tiny_retinanet.head([features["p3"]] * 5)[0][0].sum().item()
+
+
+def test_a_batch_without_objects_has_finite_losses_that_reach_the_head(dense: nn.Module) -> None:
+    inputs = [{**x, "instances": x["instances"][torch.zeros(len(x["instances"]), dtype=torch.bool)]} for x in batch()]
+    with EventStorage():
+        losses = dense(inputs)
+    assert all(torch.isfinite(value) for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in dense.head.parameters())
+
+
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS"])
+def test_a_second_pass_uses_the_same_loss_normalizer_and_leaves_no_trace(family: str) -> None:
+    detector, inputs = DENSE[family]().train(), batch()
     with EventStorage():
         images = detector.preprocess_image(inputs)
         features = detector.backbone(images.tensor)
         instances = [x["instances"] for x in inputs]
         for _ in range(2):  # the first iteration has no normaliser yet
             before = loss_normalizer(detector)
-            first = detection_losses(detector, images, features, instances)
+            assigned = label_assignment(detector, features, instances)
+            first = detection_losses(detector, images, features, instances, assigned)
             after = loss_normalizer(detector)
             with same_loss_normalizer(detector, before):
-                second = detection_losses(detector, images, features, instances)
+                second = detection_losses(detector, images, features, instances, assigned)
             assert loss_normalizer(detector) == after
             assert after != before
             assert {k: v.item() for k, v in first.items()} == {k: v.item() for k, v in second.items()}
 
 
-def test_the_levels_of_dense_detectors_are_the_heads_and_of_two_stage_ones_the_whole_pyramid(
-    tiny_retinanet: nn.Module,
-) -> None:
-    assert distilled_levels(tiny_retinanet) == ("p3", "p4", "p5", "p6", "p7")
+def test_the_levels_of_dense_detectors_are_the_heads_and_of_two_stage_ones_the_whole_pyramid(dense: nn.Module) -> None:
+    assert distilled_levels(dense) == ("p3", "p4", "p5", "p6", "p7")
     assert distilled_levels(tiny_faster_rcnn()) == ("p2", "p3", "p4", "p5", "p6")
 
 
 def test_an_unknown_detector_is_refused_with_the_supported_families() -> None:
-    with pytest.raises(TypeError, match=r"Linear; supported: DenseDetector, GeneralizedRCNN"):
+    families = "ATSS, DenseDetector, FCOS, GeneralizedRCNN, PaperFCOS, RetinaNet"
+    with pytest.raises(UnsupportedStudent, match=f"Linear; supported: {families} and subclasses") as error:
         detection_losses(nn.Linear(1, 1), None, {}, [])
+    assert error.value.exit_code == 2
+    with pytest.raises(UnsupportedStudent, match="supported: DenseDetector, GeneralizedRCNN and subclasses"):
+        distilled_levels(nn.Linear(1, 1))

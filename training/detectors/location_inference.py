@@ -1,0 +1,81 @@
+"""From the predictions of one box a location to detections.
+
+Shape legend: N images, K classes, (h, w) a level's grid, M detections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.layers import batched_nms
+from detectron2.structures import Boxes, Instances
+from torch import Tensor
+
+from training.detectors.location_head import Predictions
+from training.detectors.locations import LocationGrid
+
+
+def location_inference(
+    predictions: Predictions,
+    grid: LocationGrid,
+    image_sizes: Sequence[tuple[int, int]],
+    *,
+    score_threshold: float,
+    topk_candidates: int,
+    nms_threshold: float,
+    max_detections: int,
+) -> list[Instances]:
+    """Detections of every image, by falling score, in pixels of the padded image.
+
+    Per level the ``topk_candidates`` best class scores above ``score_threshold`` remain; then the score becomes
+    ``sqrt(class score * centerness)``, which may be below the threshold; then class-wise NMS over all levels.
+
+    Deviation: the LGD paper's code takes at most as many candidates as a level has cells; here as many as asked for, as
+    everywhere in detectron2. On a level of few cells one cell may give several classes.
+    """
+    level_points = grid.points.split(grid.num_per_level)
+    level_strides = grid.strides.split(grid.num_per_level)
+    results = []
+    for index, image_size in enumerate(image_sizes):
+        boxes, scores, labels = (
+            torch.cat(parts)
+            for parts in zip(
+                *(
+                    _level_candidates(*values, score_threshold, topk_candidates)
+                    for values in zip(
+                        *([level[index].float() for level in levels] for levels in predictions),
+                        level_points,
+                        level_strides,
+                        strict=True,
+                    )
+                ),
+                strict=True,
+            )
+        )
+        keep = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
+        results.append(
+            Instances(image_size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=labels[keep])
+        )
+    return results
+
+
+def _level_candidates(
+    logits: Tensor,
+    distances: Tensor,
+    centerness: Tensor,
+    points: Tensor,
+    strides: Tensor,
+    score_threshold: float,
+    topk_candidates: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One level of one image: (K, h, w), (4, h, w), (1, h, w) → boxes (M, 4), scores (M,), labels (M,)."""
+    class_scores = logits.flatten(1).T.flatten().sigmoid()  # (h * w * K)
+    class_scores, top = class_scores.topk(min(topk_candidates, len(class_scores)))
+    above = class_scores > score_threshold
+    class_scores, top = class_scores[above], top[above]
+    location, labels = top // len(logits), top % len(logits)
+    edges = distances.flatten(1).T[location] * strides[location, None]
+    points = points[location]
+    boxes = torch.cat([points - edges[:, :2], points + edges[:, 2:]], dim=1)
+    return boxes, (class_scores * centerness.flatten()[location].sigmoid()).sqrt(), labels
