@@ -9,14 +9,20 @@ Shape legend: N images, A anchors a location, K classes, (h, w) a level's grid, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
 from export.graph_parts import InferenceSettings, on_canvas
 from export.nms import greedy_nms, rows
 from export.signature import DetectorSignature
+from training.detectors.atss import ATSS
+from training.detectors.locations import location_grid
+from training.detectors.paper_fcos import PaperFCOS
 
 Candidates = tuple[Tensor, Tensor, Tensor]  # boxes (N, M, 4), scores (N, M), labels (N, M)
 
@@ -37,6 +43,23 @@ def retinanet_graph(detector: RetinaNet, signature: DetectorSignature) -> DenseG
     features = _features_on_canvas(detector, signature)
     anchors = [boxes.tensor for boxes in detector.anchor_generator(features)]
     return DenseGraph(detector, signature, DeltaDecoder(detector, anchors))
+
+
+def fcos_graph(detector: FCOS, signature: DetectorSignature) -> DenseGraph:
+    """The export graph of detectron2's FCOS; its centerness may come from either tower, that is inside its head."""
+    features = _features_on_canvas(detector, signature)
+    anchors = [boxes.tensor for boxes in detector.anchor_generator(features)]
+    centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in anchors]
+    by_size = detector.box2box_transform.normalize_by_size
+    units = [boxes[:, 2] - boxes[:, 0] if by_size else torch.ones_like(boxes[:, 0]) for boxes in anchors]
+    return DenseGraph(detector, signature, FcosDecoder(detector, centres, units))
+
+
+def location_graph(detector: PaperFCOS | ATSS, signature: DetectorSignature) -> DenseGraph:
+    """The export graph of the detectors with a :class:`~training.detectors.location_head.LocationHead`."""
+    grid = location_grid(_features_on_canvas(detector, signature), detector.strides)
+    points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
+    return DenseGraph(detector, signature, LocationDecoder(detector, points, strides))
 
 
 class DenseGraph(nn.Module):
@@ -80,10 +103,10 @@ class DeltaDecoder(nn.Module):
     """RetinaNet's: rank by logit, boxes as deltas of anchors.
 
     Args:
-        anchors: per level (h * w * A, 4) xyxy; the canvas is fixed, so they are constants.
+        anchors: per level (h * w * A, 4) xyxy pixels.
     """
 
-    def __init__(self, detector: RetinaNet, anchors: list[Tensor]) -> None:
+    def __init__(self, detector: RetinaNet, anchors: Sequence[Tensor]) -> None:
         super().__init__()
         self.num_classes = detector.num_classes
         self.num_candidates = detector.test_topk_candidates
@@ -92,8 +115,7 @@ class DeltaDecoder(nn.Module):
         self.scale_clamp = float(transform.scale_clamp)
         weights = torch.tensor(transform.weights, dtype=torch.float32, device=detector.pixel_mean.device)
         self.register_buffer("delta_weights", weights)
-        for level, boxes in enumerate(anchors):
-            self.register_buffer(f"anchors_{level}", boxes.float())
+        _register_levels(self, anchors=anchors)
 
     def forward(self, level: int, logits: Tensor, deltas: Tensor) -> Candidates:
         """(N, A * K, h, w) and (N, A * 4, h, w) → the level's candidates.
@@ -113,6 +135,55 @@ class DeltaDecoder(nn.Module):
         centre = deltas[..., :2] * size + centre
         size = deltas[..., 2:].clamp(max=self.scale_clamp).exp() * size
         return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+class FcosDecoder(nn.Module):
+    """detectron2's FCOS: rank by ``sqrt(class score * centerness)``, boxes as distances from the anchors' centres.
+
+    Args:
+        points: per level (h * w, 2), x and y in pixels.
+        units: per level (h * w,), what the head's distances are multiplied by to be pixels.
+    """
+
+    def __init__(self, detector: FCOS, points: Sequence[Tensor], units: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.num_classes = detector.num_classes
+        self.num_candidates = detector.test_topk_candidates
+        self.score_threshold = detector.test_score_thresh
+        _register_levels(self, points=points, units=units)
+
+    def forward(self, level: int, logits: Tensor, distances: Tensor, centerness: Tensor) -> Candidates:
+        """(N, K, h, w), (N, 4, h, w) of any sign and (N, 1, h, w) → the level's candidates."""
+        scores = (logits.float().sigmoid() * centerness.float().sigmoid()).sqrt()
+        top_scores, index, labels = top_pairs(scores, self.num_classes, self.num_candidates)
+        edges = rows(by_location(distances, 4), index).float().relu()
+        boxes = _boxes(getattr(self, f"points_{level}")[index], edges * getattr(self, f"units_{level}")[index, None])
+        return boxes, zero_below(top_scores, self.score_threshold), labels
+
+
+class LocationDecoder(nn.Module):
+    """PaperFCOS and ATSS: rank and threshold by class score, then multiply by centerness.
+
+    Args:
+        points: per level (h * w, 2), x and y in pixels.
+        strides: per level (h * w,), the unit of the head's distances in pixels.
+    """
+
+    def __init__(self, detector: PaperFCOS | ATSS, points: Sequence[Tensor], strides: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.num_classes = detector.num_classes
+        self.num_candidates = detector.test_topk_candidates
+        self.score_threshold = detector.test_score_thresh
+        _register_levels(self, points=points, strides=strides)
+
+    def forward(self, level: int, logits: Tensor, distances: Tensor, centerness: Tensor) -> Candidates:
+        """(N, K, h, w), (N, 4, h, w) not negative and (N, 1, h, w) → the level's candidates."""
+        top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates)
+        class_scores = zero_below(top_logits.float().sigmoid(), self.score_threshold)
+        central = rows(by_location(centerness, 1), index)[:, :, 0].float().sigmoid()
+        edges = rows(by_location(distances, 4), index).float()
+        boxes = _boxes(getattr(self, f"points_{level}")[index], edges * getattr(self, f"strides_{level}")[index, None])
+        return boxes, (class_scores * central).sqrt(), labels
 
 
 def top_pairs(ranking: Tensor, num_classes: int, num_candidates: int) -> Candidates:
@@ -151,6 +222,18 @@ def by_location(predicted: Tensor, num_values: int) -> Tensor:
 def zero_below(scores: Tensor, threshold: float) -> Tensor:
     """Scores with those not above the threshold set to 0, which stands for no candidate."""
     return torch.where(scores > threshold, scores, torch.zeros_like(scores))
+
+
+def _boxes(points: Tensor, edges: Tensor) -> Tensor:
+    """Boxes whose edges lie at these distances (N, M, 4) from the points (N, M, 2)."""
+    return torch.cat([points - edges[..., :2], points + edges[..., 2:]], dim=-1)
+
+
+def _register_levels(module: nn.Module, **constants: Sequence[Tensor]) -> None:
+    """Keep a tensor of each level as the buffer ``<name>_<level>``: the canvas is fixed, so they are constants."""
+    for name, levels in constants.items():
+        for level, values in enumerate(levels):
+            module.register_buffer(f"{name}_{level}", values.float().contiguous())
 
 
 def _features_on_canvas(detector: DenseDetector, signature: DetectorSignature) -> list[Tensor]:

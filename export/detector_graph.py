@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
-from export.dense_graph import dense_settings, retinanet_graph
+from export.dense_graph import dense_settings, fcos_graph, location_graph, retinanet_graph
 from export.graph_parts import InferenceSettings
 from export.signature import DetectorSignature
+from export.two_stage_graph import two_stage_graph, two_stage_settings, why_unsupported
+from training.detectors.atss import ATSS
+from training.detectors.paper_fcos import PaperFCOS
 
 MAX_CANDIDATES = 3840  # TensorRT's largest top-k
 
@@ -32,14 +37,20 @@ class Family(NamedTuple):
     Attributes:
         graph: called with detector and signature; what :func:`detector_graph` returns.
         settings: reads the detector's own thresholds and limits.
+        refusal: what a detector of the class has that the graph cannot do; None for nothing.
     """
 
     graph: Callable[[Any, DetectorSignature], nn.Module]
     settings: Callable[[Any], InferenceSettings]
+    refusal: Callable[[Any], str | None] = lambda detector: None
 
 
 FAMILIES: dict[type[nn.Module], Family] = {
     RetinaNet: Family(retinanet_graph, dense_settings),
+    FCOS: Family(fcos_graph, dense_settings),
+    PaperFCOS: Family(location_graph, dense_settings),
+    ATSS: Family(location_graph, dense_settings),
+    GeneralizedRCNN: Family(two_stage_graph, two_stage_settings, why_unsupported),
 }
 
 
@@ -53,7 +64,7 @@ def detector_graph(detector: nn.Module, signature: DetectorSignature) -> nn.Modu
         signature: what the graph must take and give (:func:`signature_of`).
 
     Returns:
-        A module: uint8 images (N, 3, H, W) → ``num_detections, boxes, scores, labels`` as the signature says.
+        A module: uint8 images (N, 3, H, W) → the signature's outputs in their order.
 
     Raises:
         UnsupportedDetector: no rule for this family, or canvas, classes and detector do not fit together.
@@ -127,12 +138,15 @@ def signature_of(
         nms_threshold=settings.nms_threshold,
         class_names=tuple(class_names),
         category_ids=tuple(category_ids),
+        mask_size=settings.mask_size,
     )
 
 
 def _family(detector: nn.Module) -> Family:
     for kind in type(detector).__mro__:
         if kind in FAMILIES:
+            if refusal := FAMILIES[kind].refusal(detector):
+                raise UnsupportedDetector(f"export: {type(detector).__name__} has {refusal}")
             return FAMILIES[kind]
     raise UnsupportedDetector(
         f"export: there is no export graph for {type(detector).__module__}.{type(detector).__name__}; supported "

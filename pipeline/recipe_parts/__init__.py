@@ -10,13 +10,16 @@ from pipeline.recipe_parts.backbones import (
     swin_tiny,
     timm_backbone,
 )
-from pipeline.recipe_parts.dense import retinanet
+from pipeline.recipe_parts.dense import atss, fcos, paper_fcos, retinanet
 
 __all__ = [
     "CAFFE_BGR",
     "IMAGENET_RGB",
     "RESNEXT_BGR",
     "Pixels",
+    "atss",
+    "fcos",
+    "paper_fcos",
     "resnet",
     "resnext101_32x8d",
     "retinanet",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import LazyCall as L
@@ -11,9 +12,14 @@ from detectron2.modeling.backbone import FPN
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 
-from pipeline.recipe_parts.backbones import IMAGENET_RGB, Pixels
+from pipeline.recipe_parts.backbones import IMAGENET_RGB, RESNET_STAGES, Pixels
+from training.detectors.atss import ATSS
+from training.detectors.location_head import LocationHead
+from training.detectors.paper_fcos import PaperFCOS
+from training.detectors.stock_fcos import stock_fcos
 
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
 
@@ -25,27 +31,30 @@ def retinanet(
     num_head_convs: int = 4,
     smallest_anchor_pixels: int = 32,
     head_norm: str = "",
+    bottom_up_features: Sequence[str] = RESNET_STAGES,
+    top_block_in: str = "p5",
+    res5_channels: int = 2048,
     pixels: Pixels = IMAGENET_RGB,
 ) -> Any:
     """Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, as detectron2 builds it: pyramid levels p3 to p7,
     nine anchors a location, three octave scales from ``smallest_anchor_pixels`` on p3 doubling with each level.
 
     Args:
-        bottom_up: lazy call of a network with outputs ``res3``, ``res4``, ``res5``.
+        bottom_up: lazy call of a network with the outputs ``bottom_up_features``.
         channels: of the pyramid and the head.
         num_head_convs: 3x3 convolutions in each of the head's two towers.
+        smallest_anchor_pixels: side of the smallest anchor of p3.
+        head_norm: behind the towers' convolutions, ``"GN"`` or ``""`` for none.
+        bottom_up_features: of strides 8, 16 and 32.
+        top_block_in: what p6 and p7 are made from: ``"p5"``, or ``"res5"`` as with ResNets in the papers.
+        res5_channels: of ``res5``, where p6 is made from it.
         pixels: channel order, mean and deviation that the network below wants.
     """
     sizes = [
         [smallest_anchor_pixels * 2 ** (level + octave / 3) for octave in range(3)] for level in range(len(LEVELS))
     ]
     return L(RetinaNet)(
-        backbone=L(FPN)(
-            bottom_up=bottom_up,
-            in_features=["res3", "res4", "res5"],
-            out_channels=channels,
-            top_block=L(LastLevelP6P7)(in_channels=channels, out_channels=channels, in_feature="p5"),
-        ),
+        backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=L(RetinaNetHead)(
             input_shape=[ShapeSpec(channels=channels)] * len(LEVELS),
             num_classes="${..num_classes}",
@@ -71,4 +80,153 @@ def retinanet(
         test_nms_thresh=0.5,
         max_detections_per_image=100,
         vis_period=0,
+    )
+
+
+def fcos(
+    bottom_up: Any,
+    *,
+    channels: int = 256,
+    num_head_convs: int = 4,
+    head_norm: str = "GN",
+    bottom_up_features: Sequence[str] = RESNET_STAGES,
+    pixels: Pixels = IMAGENET_RGB,
+) -> Any:
+    """FCOS (Tian et al., ICCV 2019) as detectron2 builds it: no scale a level, a running loss normaliser, a score
+    threshold of 0.2 after centerness. :func:`paper_fcos` is the form of the LGD paper's numbers.
+
+    Args:
+        bottom_up: lazy call of a network with the outputs ``bottom_up_features``.
+        channels: of the pyramid and the head; with ``head_norm="GN"`` a multiple of 32.
+        num_head_convs: 3x3 convolutions in each of the head's two towers.
+        head_norm: behind the towers' convolutions, ``"GN"`` or ``""`` for none.
+        bottom_up_features: of strides 8, 16 and 32.
+        pixels: channel order, mean and deviation that the network below wants.
+    """
+    return L(stock_fcos)(
+        backbone=_pyramid(bottom_up, channels, bottom_up_features),
+        head=L(FCOSHead)(
+            input_shape=[ShapeSpec(channels=channels)] * len(LEVELS),
+            num_classes="${..num_classes}",
+            conv_dims=[channels] * num_head_convs,
+            prior_prob=0.01,
+            norm=head_norm,
+        ),
+        head_in_features=LEVELS,
+        num_classes=80,
+        center_sampling_radius=1.5,
+        focal_loss_alpha=0.25,
+        focal_loss_gamma=2.0,
+        test_score_thresh=0.2,
+        test_topk_candidates=1000,
+        test_nms_thresh=0.6,
+        max_detections_per_image=100,
+        pixel_mean=list(pixels.mean),
+        pixel_std=list(pixels.std),
+        input_format=pixels.input_format,
+    )
+
+
+def paper_fcos(
+    bottom_up: Any,
+    *,
+    channels: int = 256,
+    num_head_convs: int = 4,
+    norm_groups: int = 32,
+    level_size_bounds: Sequence[float] = (64, 128, 256, 512),
+    bottom_up_features: Sequence[str] = RESNET_STAGES,
+    pixels: Pixels = IMAGENET_RGB,
+) -> Any:
+    """FCOS in the form of the LGD paper's numbers.
+
+    Args:
+        bottom_up: lazy call of a network with the outputs ``bottom_up_features``.
+        channels: of the pyramid and the head.
+        num_head_convs: 3x3 convolutions in each of the head's two towers.
+        norm_groups: of the group normalisation behind each; divides the channels.
+        level_size_bounds: largest object of p3, p4, p5 and p6 in pixels, by the distance from a location to the
+            farthest edge; lower them for small images.
+        bottom_up_features: of strides 8, 16 and 32.
+        pixels: channel order, mean and deviation that the network below wants.
+    """
+    return L(PaperFCOS)(
+        backbone=_pyramid(bottom_up, channels, bottom_up_features),
+        head=_location_head(channels, num_head_convs, norm_groups),
+        head_in_features=LEVELS,
+        num_classes=80,
+        center_sampling_radius=1.5,
+        level_size_bounds=list(level_size_bounds),
+        focal_loss_alpha=0.25,
+        focal_loss_gamma=2.0,
+        box_loss_weight=1.0,
+        test_score_thresh=0.05,
+        test_topk_candidates=1000,
+        test_nms_thresh=0.6,
+        max_detections_per_image=100,
+        pixel_mean=list(pixels.mean),
+        pixel_std=list(pixels.std),
+        input_format=pixels.input_format,
+    )
+
+
+def atss(
+    bottom_up: Any,
+    *,
+    channels: int = 256,
+    num_head_convs: int = 4,
+    norm_groups: int = 32,
+    bottom_up_features: Sequence[str] = RESNET_STAGES,
+    pixels: Pixels = IMAGENET_RGB,
+) -> Any:
+    """ATSS (Zhang et al., CVPR 2020) with the head and losses of :func:`paper_fcos`; arguments as there."""
+    return L(ATSS)(
+        backbone=_pyramid(bottom_up, channels, bottom_up_features),
+        head=_location_head(channels, num_head_convs, norm_groups),
+        head_in_features=LEVELS,
+        num_classes=80,
+        anchor_scale=8.0,
+        num_level_candidates=9,
+        focal_loss_alpha=0.25,
+        focal_loss_gamma=2.0,
+        box_loss_weight=2.0,
+        test_score_thresh=0.05,
+        test_topk_candidates=1000,
+        test_nms_thresh=0.6,
+        max_detections_per_image=100,
+        pixel_mean=list(pixels.mean),
+        pixel_std=list(pixels.std),
+        input_format=pixels.input_format,
+    )
+
+
+def _pyramid(
+    bottom_up: Any,
+    channels: int,
+    bottom_up_features: Sequence[str],
+    top_block_in: str = "p5",
+    res5_channels: int = 2048,
+) -> Any:
+    """Levels p3 to p7 with p6 and p7 from p5 or from the network's last output."""
+    if top_block_in not in ("p5", "res5"):
+        raise ValueError(f"top_block_in is {top_block_in!r}, expected 'p5' or 'res5'")
+    return L(FPN)(
+        bottom_up=bottom_up,
+        in_features=list(bottom_up_features),
+        out_channels=channels,
+        top_block=L(LastLevelP6P7)(
+            in_channels=channels if top_block_in == "p5" else res5_channels,
+            out_channels=channels,
+            in_feature=top_block_in,
+        ),
+    )
+
+
+def _location_head(channels: int, num_head_convs: int, norm_groups: int) -> Any:
+    return L(LocationHead)(
+        channels=channels,
+        num_classes="${..num_classes}",
+        num_levels=len(LEVELS),
+        num_convs=num_head_convs,
+        norm_groups=norm_groups,
+        prior_prob=0.01,
     )

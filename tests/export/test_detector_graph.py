@@ -154,7 +154,10 @@ def test_the_signature_reads_thresholds_channel_order_and_padding_from_the_detec
 
 
 def test_a_detector_without_a_rule_is_refused_with_the_families_that_have_one() -> None:
-    with pytest.raises(UnsupportedDetector, match=r"torch\.nn\.modules\.linear\.Linear; supported families: RetinaNet"):
+    families = "ATSS, FCOS, GeneralizedRCNN, PaperFCOS, RetinaNet"
+    with pytest.raises(
+        UnsupportedDetector, match=rf"torch\.nn\.modules\.linear\.Linear; supported families: {families}"
+    ):
         signature_of(
             nn.Linear(1, 1),
             canvas=(64, 64),
