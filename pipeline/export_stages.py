@@ -108,7 +108,12 @@ def engine(context: StageContext) -> StageResult:
                 value=", ".join(built.layers_by_dtype),
                 limit=config.precision,
                 passed=True,
-                reason="read from the strongly typed network before the build; a mismatch stops it",
+                reason="; ".join(
+                    [
+                        "read from the strongly typed network before the build; a mismatch stops it",
+                        *(f"not built for {name}: {reason}" for name, reason in built.excluded.items()),
+                    ]
+                ),
             )
         ],
     )

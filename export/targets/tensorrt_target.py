@@ -20,6 +20,7 @@ from export.signature import DetectorSignature
 
 PRECISIONS = ("fp32", "tf32")
 _FLOAT_TYPES = {"FLOAT", "HALF", "BF16", "INT8", "FP8", "INT4", "FP4"}
+TURING = "75"
 _ALLOWED = {"fp32": {"FLOAT"}, "tf32": {"FLOAT"}}  # TF32 is a way to multiply float32, not a type
 
 
@@ -49,6 +50,7 @@ class EngineFacts:
         library, version: ``tensorrt`` or ``tensorrt_rtx`` and its version.
         precision: as asked, and audited.
         compute_capabilities: architectures the engine holds code for.
+        excluded: architectures asked for that it cannot hold code for, each with the reason.
         layers_by_dtype: number of layer outputs of each type in the strongly typed network, most frequent first.
         size_bytes: of the plan.
         seconds: of parsing and building.
@@ -60,6 +62,7 @@ class EngineFacts:
     version: str
     precision: str
     compute_capabilities: tuple[str, ...]
+    excluded: dict[str, str]
     layers_by_dtype: dict[str, int]
     size_bytes: int
     seconds: float
@@ -117,7 +120,8 @@ def build_engine(
         plan_path: the file to write; it appears under its name only when it is whole.
         signature: the one beside the ONNX file.
         precision: one of ``PRECISIONS``.
-        compute_capabilities: architectures for TensorRT-RTX. TensorRT proper builds for the GPU it runs on.
+        compute_capabilities: architectures for TensorRT-RTX. TensorRT proper builds for the GPU it runs on. Those that
+            the network cannot be built for are left out, unless none remains.
 
     Raises:
         UnsupportedEngine: unknown precision or architecture, or TensorRT refuses the graph, with the node's name.
@@ -135,7 +139,11 @@ def build_engine(
     builder = trt.Builder(logger)
     network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
     layers_by_dtype = _audited(network, precision, onnx_path)
-    config, built_for = _configured(trt, builder, signature, precision, compute_capabilities)
+    excluded = _impossible(trt, network, compute_capabilities)
+    remaining = [name for name in compute_capabilities if name not in excluded]
+    if excluded and not remaining:
+        raise UnsupportedEngine(f"engine: nothing to build for: {'; '.join(excluded.values())}")
+    config, built_for = _configured(trt, builder, signature, precision, remaining)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UnsupportedEngine(
@@ -150,6 +158,7 @@ def build_engine(
         version=trt.__version__,
         precision=precision,
         compute_capabilities=built_for,
+        excluded=excluded,
         layers_by_dtype=layers_by_dtype,
         size_bytes=plan_path.stat().st_size,
         seconds=time.monotonic() - start,
@@ -186,6 +195,22 @@ def _audited(network: Any, precision: str, onnx_path: Path) -> dict[str, int]:
             f"are not: {', '.join(offenders[:5])}. Strongly typed, the engine would run them as they are; export again."
         )
     return dict(types.most_common())
+
+
+def _impossible(trt: Any, network: Any, compute_capabilities: Sequence[str]) -> dict[str, str]:
+    """The architectures that the network cannot be built for, with the reason.
+
+    Turing multiplies float32 matrices in convolutions only: TensorRT-RTX refuses the fully connected layers of a
+    two-stage detector there, after having compiled for every other architecture.
+    """
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    num_products = sum(layer.type == trt.LayerType.MATRIX_MULTIPLY for layer in layers)
+    if trt.__name__ != "tensorrt_rtx" or not num_products or TURING not in compute_capabilities:
+        return {}
+    return {
+        TURING: f"{trt.__name__} has no float32 matrix product for compute capability {TURING} (Turing), and the "
+        f"network has {num_products}; export.compute_capabilities names the others"
+    }
 
 
 def _configured(
