@@ -11,6 +11,7 @@ from pipeline.recipe_parts.backbones import (
     timm_backbone,
 )
 from pipeline.recipe_parts.dense import atss, fcos, paper_fcos, retinanet
+from pipeline.recipe_parts.two_stage import faster_rcnn, mask_rcnn
 
 __all__ = [
     "CAFFE_BGR",
@@ -18,7 +19,9 @@ __all__ = [
     "RESNEXT_BGR",
     "Pixels",
     "atss",
+    "faster_rcnn",
     "fcos",
+    "mask_rcnn",
     "paper_fcos",
     "resnet",
     "resnext101_32x8d",
