@@ -22,6 +22,7 @@ from pipeline.stage import Gate, StageContext
 from pipeline.training_stages import STUDENT_CHECKPOINT
 from serving.preprocessing import Placement, canvas_from_image, detections_in_image, read_image
 from training.dataset import CocoDataset, detectron2_dicts
+from training.dataset_metrics import dataset_metrics
 from training.evaluate import RESULTS_FILE, evaluate_detector
 
 REFERENCE = "detectron2"
@@ -125,9 +126,10 @@ class AccuracyTable:
 
     def _add_row(self, name: str, found: dict[int, Detections], model: Path, compared_with: float | None) -> None:
         ids, file = self._signature.category_ids, self._dataset.annotation_file
-        scores = average_precision(file, found, ids)
+        results = coco_results(found, ids)
+        scores = {**average_precision(file, found, ids), **dataset_metrics(self._dataset, results)}
         self._per_class[name] = per_class_average_precision(file, found, ids)
-        (self._context.directory / detections_file(name)).write_text(json.dumps(coco_results(found, ids)))
+        (self._context.directory / detections_file(name)).write_text(json.dumps(results))
         if self._reference_ap is None:
             self._reference_ap = scores["AP"]
         self.rows.append(

@@ -5,6 +5,9 @@ clipped to the image: detectron2 clips the boxes it trains on, the benchmark's e
 Boxes with another ``tag`` than ``person`` (``mask``: dolls, reflections, crowds) or with ``extra.ignore`` are ignore
 regions, crowd regions in COCO's words: no positives in training, and detections in them count neither way.
 
+An image can hold more people than the 100 detections that a detector keeps by default: raise the model's limit
+(``max_detections_per_image``, or ``test_topk_per_image`` in the box head of an R-CNN).
+
 Deviation: in training an ignore region is background, as detectron2 treats COCO's crowd regions; code written for
 CrowdHuman leaves it out of the loss.
 """

@@ -9,20 +9,12 @@ from training.dataset import CocoDataset, parsed
 from training.miss_rate import crowdhuman_metrics
 from training.voc_metric import voc_metrics
 
-LABELS = {
-    "VOC_AP": "VOC AP",
-    "VOC_AP50": "VOC AP50",
-    "VOC_AP75": "VOC AP75",
-    "VOC_AP50_area": "VOC AP50, area under curve",
-    "mMR": "MR⁻² ↓ (lower is better)",
-    "CrowdHuman_AP50": "CrowdHuman AP50",
-    "CrowdHuman_recall": "CrowdHuman recall",
-}
-"""Every name that :func:`dataset_metrics` can give, with the words a report shows for it."""
-
 
 def dataset_metrics(dataset: CocoDataset, results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The metrics of the data set's format in percent: VOC AP, CrowdHuman's MR⁻², or none for COCO format.
+    """The metrics of the data set's format in percent, or none for COCO format.
+
+    Pascal VOC: ``VOC_AP``, ``VOC_AP50``, ``VOC_AP75``, ``VOC_AP50_area``. CrowdHuman: ``mMR``, of which lower is
+    better, ``CrowdHuman_AP50``, ``CrowdHuman_recall``.
 
     Args:
         results: detections in COCO's results format, boxes (x, y, width, height) in image pixels, data set's
