@@ -2,6 +2,7 @@
 #
 #   RECIPE=name or file   SET="section.key=value ..."   NAME=folder of the run (default: the recipe's name)
 #   ARGS="--force ..."    IMAGES="a.jpg b.jpg"          PYTHON=python3.12
+#   LAUNCH="torchrun --nproc-per-node=8"  trains in several processes
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 RECIPE ?= embedded
@@ -9,12 +10,14 @@ SET ?=
 NAME ?=
 ARGS ?=
 IMAGES ?=
+LAUNCH ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes
-RUN := $(BIN)/python -m pipeline run $(RECIPE) $(SET) $(if $(NAME),--name $(NAME))
+RUN := $(BIN)/python -m pipeline run $(RECIPE) $(SET) $(if $(NAME),--name $(NAME)) \
+	$(if $(LAUNCH),--launch '$(LAUNCH)')
 STAGES := data train strip export engine validate deploy benchmark
 
 .DEFAULT_GOAL := help

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -42,6 +43,9 @@ def run(
     from_stage: Annotated[str | None, typer.Option("--from", help="Start at this stage.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild although nothing changed.")] = False,
+    launch: Annotated[
+        str | None, typer.Option("--launch", help='Train in several processes: "torchrun --nproc-per-node=8".')
+    ] = None,
     runs: RunsOption = RUNS,
     name: NameOption = None,
 ) -> None:
@@ -50,7 +54,13 @@ def run(
     from pipeline.run import run_stages
     from pipeline.stages import STAGES, after_run
 
-    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise RecipeError(
+            "torchrun started the pipeline itself; start it once and let it call torchrun for the training: "
+            '--launch "torchrun --nproc-per-node=8"'
+        )
+    options = _options(runs, name)
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options, launch=launch or None)
     run_dir = runs / (name or loaded.name)
     if not (run_dir / "deploy").is_dir():
         from pipeline.preflight import preflight

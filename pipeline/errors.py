@@ -7,6 +7,7 @@
     ├─ GateFailed                             3   a number is outside its limit
     ├─ Unavailable                            4   this machine lacks something the run needs
     │  ├─ RunLocked                           4   another run works in the same folder
+    │  ├─ TrainingProcessLost                 4   a process of a launched training was killed
     │  └─ NoSpaceLeft                         4   disk full, quota or file-size limit reached
     └─ ArtifactError                          5   an artifact is missing or damaged
 
@@ -19,6 +20,7 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.detection_losses.UnsupportedStudent        2   the detector has no losses on given features
     training.loader.TrainingInputError                  2   what training starts from is missing
     training.divergence.LossNotFinite                   3   training diverged
+    training.train.StudentUnsuited                      2   the student's pyramid cannot be distilled
     training.launch.LaunchError                         2   the processes do not fit the batch or the machine
     training.evaluate.DeviceUnavailable                 4   the recipe asks for a GPU that is not there
     training.acceleration.CompilerMissing               4   the recipe compiles and there is no compiler
@@ -107,6 +109,10 @@ class RunLocked(Unavailable):
 
 class NoSpaceLeft(Unavailable):
     """The disk is full, or a quota or file-size limit is reached."""
+
+
+class TrainingProcessLost(Unavailable):
+    """A process of a launched training ended without a word."""
 
 
 class ArtifactError(PipelineError):

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from export.detector_graph import detector_graph, signature_of
 from pipeline.endpoint import check_server
 from pipeline.errors import RecipeError
+from pipeline.overrides import one_line
 from pipeline.recipe import Recipe
+from training.acceleration import check_compiler, check_precision
 from training.config import TrainingConfig
+from training.evaluate import resolve_device
+from training.launch import check_launch, check_processes, parse_launch
+from training.schedule import DistillationSchedule
 from training.student import build_student
+from training.tracking import check_tracker
 from training.train import distilled_detector
 
 NUM_CLASSES = 2  # any number: what is checked does not depend on it
 
 
 def preflight(recipe: Recipe) -> None:
-    """Check that the recipe's parts fit each other and that the server can start here.
+    """Check that the recipe's parts fit each other and this machine, and that the server can start here.
 
     Raises:
-        RecipeError: the distiller's schedule lies outside the training.
-        LgdInputError, UnsupportedDetector: distiller or export do not fit the student.
+        RecipeError: the model cannot be built, or the distiller's schedule lies outside the training.
+        UnsupportedStudent, StudentUnsuited, LgdInputError, UnsupportedDetector: distiller or export do not fit the
+            student.
+        LaunchError: the processes do not fit the batch or the machine.
+        DeviceUnavailable, CompilerMissing, TrackerMissing: the machine lacks what the training section asks for.
         ServerError: this machine lacks something that the server needs.
     """
     config: TrainingConfig = recipe.sections["training"]
-    schedule = recipe.sections["distiller"].schedule()
-    for name in ("distill_from_iter", "freeze_backbone_until_iter"):
-        if getattr(schedule, name) >= config.max_iter:
-            raise RecipeError(
-                f"distiller.{name} is {getattr(schedule, name)} and training.max_iter is {config.max_iter}: "
-                f"it would cover the whole training. Give distiller.{name}=N with N below training.max_iter, "
-                f"for example {config.max_iter // 5}"
-            )
-    student = build_student(recipe.model, NUM_CLASSES).eval()
+    check_schedule(recipe.sections["distiller"].schedule(), config)
+    check_machine(config, recipe.launch)
+    student = _built(recipe).eval()
     distilled_detector(student, recipe.sections["distiller"])
     export = recipe.sections["export"]
     signature = signature_of(
@@ -44,3 +49,53 @@ def preflight(recipe: Recipe) -> None:
     )
     detector_graph(student, signature)
     check_server(recipe.sections["serving"])
+
+
+def check_schedule(schedule: DistillationSchedule, config: TrainingConfig) -> None:
+    """Refuse a distiller that would never act, or a network that would never be trained.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    for name in ("distill_from_iter", "freeze_backbone_until_iter"):
+        if getattr(schedule, name) >= config.max_iter:
+            raise RecipeError(
+                f"distiller.{name} is {getattr(schedule, name)} and training.max_iter is {config.max_iter}: "
+                f"it would cover the whole training. Give distiller.{name}=N with N below training.max_iter, "
+                f"for example {config.max_iter // 5}"
+            )
+    until = schedule.distill_until_iter
+    if until is not None and until <= schedule.distill_from_iter:
+        raise RecipeError(
+            f"distiller.distill_until_iter is {until} and distiller.distill_from_iter {schedule.distill_from_iter}: "
+            "nothing would be distilled; give a later end, or null for none"
+        )
+
+
+def check_machine(config: TrainingConfig, launch: str | None) -> None:
+    """Refuse what this machine cannot train: processes, device, precision, compiler, tracker.
+
+    Raises:
+        LaunchError, DeviceUnavailable, CompilerMissing, TrackerMissing: see :mod:`training`.
+    """
+    if launch is None:
+        check_processes(config, 1)
+    else:
+        check_launch(parse_launch(launch), config)
+    device = resolve_device(config.device)
+    check_precision(config, device)
+    check_tracker(config)
+    if config.compile:
+        check_compiler(device)
+
+
+def _built(recipe: Recipe) -> nn.Module:
+    """The recipe's student, or an error that says which part of the model could not be built."""
+    try:
+        return build_student(recipe.model, NUM_CLASSES)
+    except Exception as error:
+        if isinstance(getattr(type(error), "exit_code", None), int):
+            raise
+        raise RecipeError(
+            f"recipe {recipe.path}: its model cannot be built: {type(error).__name__}: {one_line(error)}"
+        ) from error

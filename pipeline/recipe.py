@@ -29,6 +29,8 @@ class Recipe:
         name: names the run's folder.
         overrides: as given on the command line.
         options: of the command line, such as the run's folder; they do not change what is computed.
+        launch: the command that starts the processes of the train stage; None: it trains in the runner's own process.
+            No part of the fingerprint: it says where the recipe is trained, as the machine does.
         model: detectron2's lazy tree, for ``detectron2.config.instantiate``.
         sections: the instantiated dataclass of every other section, by name.
         resolved: the plain JSON form of every section, ``model`` included; callables as dotted names.
@@ -38,6 +40,7 @@ class Recipe:
     path: Path
     overrides: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    launch: str | None = None
     model: Any = None
     sections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -50,7 +53,8 @@ class Recipe:
     def command(self) -> str:
         """The command line that runs this recipe."""
         given = self.name if self.path.parent == RECIPES_DIR else str(self.path)
-        return shlex.join(["python", "-m", "pipeline", "run", given, *self.overrides, *self.options])
+        launch = () if self.launch is None else ("--launch", self.launch)
+        return shlex.join(["python", "-m", "pipeline", "run", given, *self.overrides, *self.options, *launch])
 
 
 def available() -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from pipeline.artifact import Artifact
+from pipeline.errors import RecipeError
+from pipeline.recipe import Recipe
 from pipeline.stage import Gate, StageContext, StageResult
 from training.checkpoint import FINAL_CHECKPOINT
 from training.dataset import CocoDataset, check_readable, check_same_classes, read_coco
@@ -24,12 +26,13 @@ from training.own_dataset import OwnDataset
 from training.strip import strip as strip_checkpoint
 from training.student import build_student
 from training.tracking import METRICS_FILE
-from training.train import distilled_detector
+from training.train import TrainingResult, distilled_detector
 from training.train import train as train_student
 
 STUDENT_CHECKPOINT = "student.pth"
 REMOVED_TENSORS_FILE = "removed_tensors.json"
 NUM_PROBE_IMAGES = 8
+NUM_CLASSES_UNSAID = 80  # what the recipes' model parts start from
 
 
 def data(context: StageContext) -> StageResult:
@@ -82,25 +85,47 @@ def dataset_of(artifact: Artifact, split: str) -> CocoDataset:
 
 def train(context: StageContext) -> StageResult:
     """Train the student with its distiller; goes on from a checkpoint in the directory."""
-    recipe, data_artifact = context.recipe, context.inputs["data"]
-    config = recipe.sections["training"]
-    num_classes = len(data_artifact.manifest.facts["class_names"])
-    student = build_student(recipe.model, num_classes, pretrained=True, seed=config.seed)
-    result = train_student(
-        student,
-        recipe.sections["distiller"],
-        config,
-        train_set=dataset_of(data_artifact, "train"),
-        validation_set=dataset_of(data_artifact, "validation"),
-        output_directory=context.directory,
-    )
+    recipe = context.recipe
+    if recipe.launch is None:
+        result = train_recipe(recipe, context.inputs["data"], context.directory)
+    else:
+        from pipeline.launched_training import launch_training  # whose processes import this module
+
+        result = launch_training(context)
     for intermediate in context.directory.glob("model_[0-9]*.pth"):
         intermediate.unlink()
     lines = (context.directory / METRICS_FILE).read_text().splitlines()
     loss = next((m["total_loss"] for m in map(json.loads, reversed(lines)) if "total_loss" in m), math.nan)
     gate = Gate(name="losses are finite", value=loss, limit=None, passed=math.isfinite(loss), reason="last total loss")
     distiller_name = recipe.section_json("distiller")["_target_"].rsplit(".", 1)[-1].removesuffix("Config").lower()
-    return StageResult(facts={**dataclasses.asdict(result), "distiller": distiller_name}, gates=[gate])
+    facts = {**dataclasses.asdict(result), "distiller": distiller_name, "launch": recipe.launch}
+    return StageResult(facts=facts, gates=[gate])
+
+
+def train_recipe(recipe: Recipe, data_artifact: Artifact, directory: Path) -> TrainingResult:
+    """Train in this process, or as one of those that torchrun started."""
+    config = recipe.sections["training"]
+    num_classes = len(data_artifact.manifest.facts["class_names"])
+    _check_num_classes(recipe, num_classes)
+    return train_student(
+        build_student(recipe.model, num_classes, pretrained=True, seed=config.seed),
+        recipe.sections["distiller"],
+        config,
+        train_set=dataset_of(data_artifact, "train"),
+        validation_set=dataset_of(data_artifact, "validation"),
+        output_directory=directory,
+    )
+
+
+def _check_num_classes(recipe: Recipe, num_classes: int) -> None:
+    """The data set decides; a recipe that says something else means another data set."""
+    named = recipe.model if "num_classes" in recipe.model else recipe.model.roi_heads
+    if named.num_classes not in (num_classes, NUM_CLASSES_UNSAID):
+        key = "model.num_classes" if named is recipe.model else "model.roi_heads.num_classes"
+        raise RecipeError(
+            f"{key} is {named.num_classes} and the data set has {num_classes} classes; leave {key} out, it is taken "
+            "from the data set, or name the data set that the recipe is for with dataset.train and dataset.validation"
+        )
 
 
 def student_of(context: StageContext) -> nn.Module:

@@ -57,6 +57,12 @@ class TrainingResult:
     num_processes: int
 
 
+class StudentUnsuited(ValueError):
+    """The student's pyramid is not one that can be distilled."""
+
+    exit_code = 2
+
+
 def train(
     student: nn.Module,
     distiller_config: Any,
@@ -113,9 +119,26 @@ def train(
 
 
 def distilled_detector(student: nn.Module, distiller_config: Any) -> DistilledDetector:
-    """The student with the distiller that ``distiller_config`` describes, sized from the student's pyramid."""
+    """The student with the distiller that ``distiller_config`` describes, sized from the student's pyramid.
+
+    Raises:
+        UnsupportedStudent: no losses on given features are known for this kind of detector.
+        StudentUnsuited: its pyramid lacks a level, or the levels have different channels.
+    """
     levels = distilled_levels(student)
     shapes = student.backbone.output_shape()
+    missing = [level for level in levels if level not in shapes]
+    if missing:
+        raise StudentUnsuited(
+            f"the head reads the levels {', '.join(levels)} and the backbone has no {', '.join(missing)}, only "
+            f"{', '.join(shapes)}; make model.head_in_features and the pyramid agree"
+        )
+    if len({shapes[level].channels for level in levels}) > 1:
+        raise StudentUnsuited(
+            "the distiller treats all levels of a pyramid alike and those of the student differ in channels: "
+            f"{', '.join(f'{level} has {shapes[level].channels}' for level in levels)}; put an FPN between the network "
+            "and the head"
+        )
     distiller = distiller_config.build(
         channels=shapes[levels[0]].channels, num_classes=num_classes_of(student), level_names=levels
     )
