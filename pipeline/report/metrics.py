@@ -8,8 +8,8 @@ from typing import Any
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 # AP of each class (``AP-cat``) is not meant: the classes have a table of their own.
-_METRIC_KEY = re.compile(r"(?:[A-Za-z]+_)?(?:m?AP|AR|m?MR|JI|[Rr]ecall)[0-9a-z]*")
-_LABELS = {"mMR": "MR⁻²", "JI": "Jaccard index"}
+_METRIC_KEY = re.compile(r"(?:[A-Za-z]+_)?(?:m?AP|AR|m?MR|JI|recall)[0-9a-z]*(?:_area)?")
+_LABELS = {"mMR": "MR⁻²", "JI": "Jaccard index", "AP50_area": "AP50, area under curve"}
 _PREFIXES = {"segm_": "mask ", "bbox_": "box ", "VOC_": "VOC ", "CrowdHuman_": "CrowdHuman "}
 _LOWER_IS_BETTER = ("MR", "mMR")
 
@@ -40,7 +40,7 @@ def label_of(key: str) -> str:
     """``segm_AP50`` is *mask AP50*."""
     prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
     metric = key.removeprefix(prefix)
-    return _PREFIXES.get(prefix, "") + _LABELS.get(metric, metric).replace("_", " ")
+    return _PREFIXES.get(prefix, "") + _LABELS.get(metric, metric)
 
 
 def lower_is_better(key: str) -> bool:

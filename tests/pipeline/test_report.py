@@ -14,10 +14,13 @@ import pytest
 from PIL import Image
 
 from export.signature import Detections
+from pipeline.artifact import Manifest
+from pipeline.baseline import Baseline
 from pipeline.report import GalleryImage, build_report, write_report
 from pipeline.report.build import STAGE_READS
 from pipeline.report.charts import charts
 from pipeline.report.gallery import draw_boxes
+from pipeline.report.metrics import is_metric, label_of
 from pipeline.report.render import capability, shell_lines, text_of
 from pipeline.report_stage import _shown
 
@@ -398,3 +401,101 @@ def test_the_gallery_shows_objects_of_different_sizes_from_all_over_the_set() ->
     shown = _shown([record(index, *edges) for index, edges in enumerate(sizes)])
     assert [image["image_id"] for image in shown] == list(range(2, 100, 10))
     assert _shown([record(0), record(1)]) == []
+
+
+def with_teacher(manifests: dict[str, Any], *teacher_aps: float) -> None:
+    points = [
+        {"iteration": 3000 * i, "fraction": float(i), "AP": ap, "AP50": ap + 9} for i, ap in enumerate(teacher_aps)
+    ]
+    manifests["train"]["facts"]["teacher_ap_curve"] = points
+
+
+def baseline_of(manifests: dict[str, Any], **changes: Any) -> Baseline:
+    curve = [{**point, "AP": point["AP"] / 2} for point in manifests["train"]["facts"]["ap_curve"]]
+    known = {key: {} for key in ("inputs", "config", "environment", "machine", "files")}
+    train = Manifest(
+        stage="train", stage_version=1, fingerprint="ba5e", facts={"ap_curve": curve}, gates=[], seconds=1.0,
+        command="python -m pipeline run embedded distiller=none", started="s", finished="f", **known,
+    )  # fmt: skip
+    settings: dict[str, Any] = {"run_dir": Path("runs/plain"), "train": train, "seed": 0, "same_seed": True}
+    return Baseline(**{**settings, **changes})
+
+
+def test_the_panel_puts_student_baseline_and_implicit_teacher_side_by_side(manifests: Any, run_dir: Path) -> None:
+    with_teacher(manifests, 1.0, 61.5)
+    report = report_of(run_dir, manifests, baseline=baseline_of(manifests))
+    panel = {row["who"].split()[0]: row for row in report["teacher_panel"]["rows"]}
+    assert [(who, row["AP"], row["AP50"]) for who, row in panel.items()] == [
+        ("student", 25.0, 40.0),
+        ("baseline", 12.5, 40.0),
+        ("implicit", 61.5, 70.5),
+    ]
+    assert [row["difference_to_student"] for row in panel.values()] == [None, -12.5, 36.5]
+    assert panel["baseline"]["run"] == "runs/plain"
+    page, markdown = written(report, run_dir)
+    for text in (read_page(page).text, markdown):
+        assert "sanity check that labels help, never a model that ships" in text
+        assert "61.50" in text
+        assert "+36.50" in text
+    curves = charts(report)["ap_curve"]
+    for line in ("AP, baseline", "AP, implicit teacher"):
+        assert line in curves
+        assert line not in charts(report_of(run_dir, manifests | {"train": {"facts": {}}}))["ap_curve"]
+
+
+def test_a_baseline_that_was_not_trained_says_so_with_the_command(manifests: Any, run_dir: Path) -> None:
+    command = "python -m pipeline run embedded distiller=none --name embedded-baseline --until train"
+    report = report_of(run_dir, manifests, baseline_command=command)
+    rows = {row["who"].split()[0]: row for row in report["teacher_panel"]["rows"]}
+    assert (rows["baseline"]["status"], rows["baseline"]["command"]) == ("not run", command)
+    assert (rows["implicit"]["status"], rows["implicit"]["reason"]) == ("not run", "this training did not measure it")
+    assert "not run" not in rows["student"]["status"]
+    for text in written(report, run_dir):
+        assert command in text
+
+
+def test_a_baseline_of_another_seed_is_marked(manifests: Any, run_dir: Path) -> None:
+    report = report_of(run_dir, manifests, baseline=baseline_of(manifests, seed=4, same_seed=False))
+    row = report["teacher_panel"]["rows"][1]
+    assert (row["status"], row["AP"]) == ("available", 12.5)
+    assert row["reason"].startswith("of another seed, 4")
+
+
+def test_a_run_without_a_distiller_has_no_panel_and_says_why(manifests: Any, run_dir: Path) -> None:
+    manifests["train"]["config"] = {"distiller": {"_target_": "training.distillers.none.NoDistillerConfig"}}
+    report = report_of(run_dir, manifests)
+    assert report["distillation"]["distiller"] == "none"
+    assert report["teacher_panel"]["rows"] == []
+    for text in written(report, run_dir):
+        assert "trained without a distiller, so this student is a baseline itself" in text
+
+
+def test_metrics_beyond_cocos_are_shown_where_there_are_any(manifests: Any, run_dir: Path) -> None:
+    manifests["validate"]["facts"]["rows"][1].update(mMR=43.21, segm_AP=21.75, num_images=400)
+    manifests["train"]["facts"]["ap_curve"][-1].update(mMR=44.5)
+    with_teacher(manifests, 1.0, 61.5)
+    report = report_of(run_dir, manifests)
+    found = report["accuracy"]["extra_metrics"]
+    assert [(m["key"], m["label"], m["lower_is_better"]) for m in found] == [
+        ("mMR", "MR⁻²", True),
+        ("segm_AP", "mask AP", False),
+    ]
+    page, markdown = written(report, run_dir)
+    assert "lower is better" in read_page(page).text
+    for text in (page, markdown):
+        for value in ("43.21", "21.75", "44.50"):
+            assert value in text
+    test_every_table_of_the_markdown_is_rectangular(manifests, run_dir)
+    test_the_page_stands_alone_with_unique_ids_and_described_images(manifests, run_dir)
+
+
+def test_a_metric_is_told_from_other_facts_by_its_name() -> None:
+    named = {"AP", "AP50", "APs", "AR100", "mMR", "VOC_AP50", "VOC_AP50_area", "CrowdHuman_recall", "segm_APl", "JI"}
+    assert {
+        key for key in (*named, "AP-crab", "delta", "size_bytes", "MAP_bytes", "num_images") if is_metric(key)
+    } == named
+    assert [label_of(key) for key in ("VOC_AP50", "segm_AP75", "CrowdHuman_recall")] == [
+        "VOC AP50",
+        "mask AP75",
+        "CrowdHuman recall",
+    ]
