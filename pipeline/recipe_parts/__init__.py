@@ -1,4 +1,4 @@
-"""Lazy model trees that recipes start from and change."""
+"""Lazy model trees and sections that recipes start from and change."""
 
 from pipeline.recipe_parts.backbones import (
     CAFFE_BGR,
@@ -11,21 +11,58 @@ from pipeline.recipe_parts.backbones import (
     timm_backbone,
 )
 from pipeline.recipe_parts.dense import atss, fcos, paper_fcos, retinanet
+from pipeline.recipe_parts.public_datasets import coco, crowdhuman, export_800, voc
+from pipeline.recipe_parts.schedules import (
+    COCO_1X,
+    COCO_2X,
+    COCO_3X,
+    CROWDHUMAN_SCHEDULE,
+    FAIR_X101_32X8D,
+    MSRA_R50,
+    MSRA_R101,
+    MULTI_SCALE,
+    SINGLE_SCALE,
+    SWIN_TINY,
+    TORCHVISION_R50,
+    VOC_SCALES,
+    VOC_SCHEDULE,
+    Schedule,
+    published_training,
+)
 from pipeline.recipe_parts.two_stage import faster_rcnn, mask_rcnn
 
 __all__ = [
     "CAFFE_BGR",
+    "COCO_1X",
+    "COCO_2X",
+    "COCO_3X",
+    "CROWDHUMAN_SCHEDULE",
+    "FAIR_X101_32X8D",
     "IMAGENET_RGB",
+    "MSRA_R50",
+    "MSRA_R101",
+    "MULTI_SCALE",
     "RESNEXT_BGR",
+    "SINGLE_SCALE",
+    "SWIN_TINY",
+    "TORCHVISION_R50",
+    "VOC_SCALES",
+    "VOC_SCHEDULE",
     "Pixels",
+    "Schedule",
     "atss",
+    "coco",
+    "crowdhuman",
+    "export_800",
     "faster_rcnn",
     "fcos",
     "mask_rcnn",
     "paper_fcos",
+    "published_training",
     "resnet",
     "resnext101_32x8d",
     "retinanet",
     "swin_tiny",
     "timm_backbone",
+    "voc",
 ]
