@@ -33,6 +33,9 @@ NameOption = Annotated[
 ]
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or file.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Overrides, section.key=value.")]
+LaunchOption = Annotated[
+    str | None, typer.Option("--launch", help='Train in several processes: "torchrun --nproc-per-node=8".')
+]
 StageOption = Annotated[str | None, typer.Option(help="A stage's name.")]
 
 
@@ -43,9 +46,7 @@ def run(
     from_stage: Annotated[str | None, typer.Option("--from", help="Start at this stage.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Rebuild although nothing changed.")] = False,
-    launch: Annotated[
-        str | None, typer.Option("--launch", help='Train in several processes: "torchrun --nproc-per-node=8".')
-    ] = None,
+    launch: LaunchOption = None,
     runs: RunsOption = RUNS,
     name: NameOption = None,
 ) -> None:
@@ -173,6 +174,7 @@ def compare(
         str | None,
         typer.Option("--name", help="Folder of the comparison in RUNS/compare; default: the first recipe's."),
     ] = None,
+    launch: LaunchOption = None,
 ) -> None:
     """Train several recipes with the same seeds and put AP, time and memory into one table.
 
@@ -181,17 +183,38 @@ def compare(
     """
     from pipeline.compare import compare as compare_recipes
 
-    raise typer.Exit(compare_recipes(arguments, num_seeds=seeds, runs=runs, name=name, console=console))
+    code = compare_recipes(arguments, num_seeds=seeds, runs=runs, name=name, launch=launch or None, console=console)
+    raise typer.Exit(code)
 
 
 @app.command(hidden=True)
-def compare_training(recipe: RecipeArgument, overrides: OverridesArgument, runs: RunsOption, name: NameOption) -> None:
+def compare_training(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    runs: RunsOption = RUNS,
+    name: NameOption = None,
+    launch: LaunchOption = None,
+) -> None:
     """One training of a comparison, in a process of its own."""
     from pipeline import recipe as recipes
     from pipeline.comparison.trainings import train_in_process
 
-    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
+    options = _options(runs, name)
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options, launch=launch)
     train_in_process(loaded, runs / (name or loaded.name), console)
+
+
+@app.command()
+def student_from_reference(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of the LGD reference code.")],
+    recipe: Annotated[str, typer.Argument(help="Name or file of the recipe of the same detector and backbone.")],
+    overrides: OverridesArgument = None,
+    out: Annotated[Path, typer.Option("--out", help="The student checkpoint to write.")] = Path("student.pth"),
+) -> None:
+    """Turn a checkpoint of the LGD reference code into a student checkpoint."""
+    from pipeline.reference import convert_reference_checkpoint
+
+    convert_reference_checkpoint(checkpoint, recipe, overrides or [], out=out, console=console)
 
 
 def main() -> None:

@@ -15,31 +15,43 @@ from pipeline.comparison.plan import DATA_STAGE, Plan, make_plan
 from pipeline.comparison.result import comparison_result
 from pipeline.comparison.table import failures, markdown, terminal_table
 from pipeline.comparison.trainings import Training, done_training, prepare_data
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, RecipeError
 from pipeline.lock import locked
+from pipeline.preflight import check_machine, check_schedule
 
 JSON_FILE = "compare.json"
 MARKDOWN_FILE = "compare.md"
 
 
-def compare(arguments: Sequence[str], *, num_seeds: int, runs: Path, name: str | None, console: Console) -> int:
+def compare(
+    arguments: Sequence[str],
+    *,
+    num_seeds: int,
+    runs: Path,
+    name: str | None,
+    console: Console,
+    launch: str | None = None,
+) -> int:
     """Train every recipe with every seed, as far as that has not been done, and write the tables.
 
     Args:
-        arguments: see :func:`pipeline.comparison.plan.make_plan`.
+        arguments, name, launch: see :func:`pipeline.comparison.plan.make_plan`.
 
     Returns:
         the exit code: 0, or that of the first training that failed; the others are trained and tabulated all the same.
 
     Raises:
-        RecipeError: what is to be compared cannot be loaded or compared.
+        RecipeError: what is to be compared cannot be loaded, compared or trained.
+        LaunchError, DeviceUnavailable, CompilerMissing, TrackerMissing: this machine cannot train it.
         RunLocked: another process works on this comparison.
         Interrupted: Ctrl-C; the training's process has ended and its checkpoints are kept.
         and whatever the data stage raises.
     """
-    plan = make_plan(arguments, num_seeds=num_seeds, runs=runs, name=name)
+    plan = make_plan(arguments, num_seeds=num_seeds, runs=runs, name=name, launch=launch)
+    _check_trainable(plan)
     options = ["--runs", str(runs)] if runs != Path("runs") else []
     options += ["--name", name] if name else []
+    options += ["--launch", launch] if launch else []
     command = shlex.join(["python", "-m", "pipeline", "compare", *arguments, "--seeds", str(num_seeds), *options])
     with locked(plan.directory, command):
         prepare_data(plan, console)
@@ -60,6 +72,17 @@ def compare(arguments: Sequence[str], *, num_seeds: int, runs: Path, name: str |
     for file in (MARKDOWN_FILE, JSON_FILE):
         console.print(str(plan.directory / file))
     return next((training.failure.exit_code for training in trainings if training.failure), 0)
+
+
+def _check_trainable(plan: Plan) -> None:
+    """Refuse before the first training what would stop a later one."""
+    for contender in plan.contenders:
+        config = contender.recipe.sections["training"]
+        try:
+            check_schedule(contender.recipe.sections["distiller"].schedule(), config)
+        except RecipeError as error:
+            raise RecipeError(f"compare: {contender.label}: {error}") from error
+        check_machine(config, contender.recipe.launch)
 
 
 def _trainings(plan: Plan, console: Console) -> list[Training]:

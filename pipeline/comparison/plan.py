@@ -38,7 +38,8 @@ class Contender:
 
     def seeded(self, seed: int) -> Recipe:
         """The recipe with a seed of training."""
-        return recipes.load(self.given, [*self.recipe.overrides, f"{SEED_KEY}={seed}"])
+        seeded = recipes.load(self.given, [*self.recipe.overrides, f"{SEED_KEY}={seed}"])
+        return dataclasses.replace(seeded, launch=self.recipe.launch)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,16 @@ class Plan:
         return [(contender, seed) for seed in range(self.num_seeds) for contender in self.contenders]
 
 
-def make_plan(arguments: Sequence[str], *, num_seeds: int, runs: Path, name: str | None) -> Plan:
+def make_plan(
+    arguments: Sequence[str], *, num_seeds: int, runs: Path, name: str | None, launch: str | None = None
+) -> Plan:
     """Read the command line's arguments and check that what they name can be compared.
 
     Args:
         arguments: recipes, each a name or file and its own overrides after commas (``embedded,distiller=none``), and
             overrides for all of them (``section.key=value``), in any order. A recipe's own override wins.
         name: of the comparison's folder in ``runs/compare``; None: the first recipe's name.
+        launch: the command that starts the processes of each training; None: one process.
 
     Raises:
         RecipeError: no recipe, one that cannot be loaded, two that train the same, different data sets, an override
@@ -89,7 +93,7 @@ def make_plan(arguments: Sequence[str], *, num_seeds: int, runs: Path, name: str
                 raise RecipeError(f"override {override!r}: compare sets {SEED_KEY} itself, to 0, 1, … below --seeds")
         ambiguous = {other for other, *_ in wanted if Path(other).stem == stem} != {path}
         label = ",".join([path if ambiguous else stem, *own])
-        recipe = recipes.load(path, [*shared, *own])
+        recipe = dataclasses.replace(recipes.load(path, [*shared, *own]), launch=launch)
         contenders.append(Contender(label=label, given=path, recipe=recipe, folder=_folder(label, recipe)))
     _check_comparable(contenders)
     directory = runs / "compare" / (name or stems[0])

@@ -26,8 +26,7 @@ def columns(result: Mapping[str, Any]) -> dict[str, Callable[[Row], str]]:
         "AP50": lambda row: mean_and_spread(row["metrics"].get("AP50")),
     }
     for metric in result["extra_metrics"]:
-        heading = metric["label"] + (" (lower is better)" if metric["lower_is_better"] else "")
-        found[heading] = functools.partial(_metric_text, metric["key"])
+        found[metric["label"]] = functools.partial(_metric_text, metric["key"])
     found |= {
         "teacher AP": lambda row: mean_and_spread(row["teacher_metrics"].get("AP")),
         "training": lambda row: duration((row["seconds"] or {}).get("mean")),

@@ -50,7 +50,7 @@ class Training:
     Attributes:
         command: of the ordinary pipeline, to get the same artifacts again.
         peak_host_memory_bytes: resident memory of the training's process, its loader workers not counted; None where
-            the process was killed before it could tell.
+            it was killed before it could tell, and for a training in several processes.
         peak_gpu_memory_bytes: what torch allocated on its GPU; None without one.
     """
 
@@ -119,8 +119,9 @@ def _link(link: Path, target: Path) -> None:
 def _run(contender: Contender, seed: int, recipe: Recipe, run_dir: Path, console: Console) -> Failure | None:
     """Start the training's process and pass on what it says; the last thing it says is why it failed."""
     command = [sys.executable, "-u", "-m", "pipeline", "compare-training", contender.given, *recipe.overrides]
+    command += [*recipe.options, *(("--launch", recipe.launch) if recipe.launch else ())]
     process = subprocess.Popen(
-        [*command, *recipe.options],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -173,7 +174,7 @@ def train_in_process(recipe: Recipe, run_dir: Path, console: Console) -> None:
         summary = run_stages(STAGES, recipe, run_dir, until="train", console=console)
         built = any(outcome.stage == "train" and outcome.state == "built" for outcome in summary.outcomes)
     finally:
-        if built:
+        if built and recipe.launch is None:  # else the training's processes are not this one
             _record_peak_memory(run_dir, before)
     run_stages(STAGES, recipe, run_dir, from_stage=UNTIL, until=UNTIL, console=console)
 

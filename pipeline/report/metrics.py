@@ -11,7 +11,7 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _METRIC_KEY = re.compile(r"(?:[A-Za-z]+_)?(?:m?AP|AR|m?MR|JI|recall)[0-9a-z]*(?:_area)?")
 _LABELS = {"mMR": "MR⁻²", "JI": "Jaccard index", "AP50_area": "AP50, area under curve"}
 _PREFIXES = {"segm_": "mask ", "bbox_": "box ", "VOC_": "VOC ", "CrowdHuman_": "CrowdHuman "}
-_LOWER_IS_BETTER = ("MR", "mMR")
+_LOWER_IS_BETTER = ("mMR", "MR")
 
 
 def is_metric(key: str) -> bool:
@@ -37,10 +37,11 @@ def extra_metrics(evaluations: Iterable[Mapping[str, Any]]) -> list[dict[str, An
 
 
 def label_of(key: str) -> str:
-    """``segm_AP50`` is *mask AP50*."""
+    """What a table calls it: ``segm_AP50`` is *mask AP50*."""
     prefix = next((prefix for prefix in _PREFIXES if key.startswith(prefix)), "")
     metric = key.removeprefix(prefix)
-    return _PREFIXES.get(prefix, "") + _LABELS.get(metric, metric)
+    direction = " (lower is better)" if lower_is_better(key) else ""
+    return _PREFIXES.get(prefix, "") + _LABELS.get(metric, metric) + direction
 
 
 def lower_is_better(key: str) -> bool:

@@ -26,6 +26,7 @@ from pipeline.comparison.result import comparison_result
 from pipeline.comparison.table import columns, markdown, terminal_table
 from pipeline.comparison.trainings import Failure, Training
 from pipeline.errors import RecipeError
+from training.launch import LaunchError
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "tests" / "pipeline" / "tiny_recipe.py")
@@ -135,6 +136,17 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(arguments
     with pytest.raises(RecipeError) as refused:
         plan_of(*arguments)
     assert told in str(refused.value)
+
+
+def test_a_recipe_that_cannot_be_trained_is_refused_before_the_others_are(tmp_path: Path) -> None:
+    arguments = [PLAIN, f"{TINY},distiller.distill_from_iter=4"]
+    with pytest.raises(
+        RecipeError, match=r"compare: tiny_recipe,distiller.distill_from_iter=4: .*would cover the whole"
+    ):
+        compare(arguments, num_seeds=1, runs=tmp_path, name=None, console=Console())
+    with pytest.raises(LaunchError):
+        compare([PLAIN], num_seeds=1, runs=tmp_path, name=None, console=Console(), launch="torchrun --nproc-per-node=3")
+    assert not list(tmp_path.iterdir())
 
 
 # The tables, of made-up trainings

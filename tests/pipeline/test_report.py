@@ -477,7 +477,7 @@ def test_metrics_beyond_cocos_are_shown_where_there_are_any(manifests: Any, run_
     report = report_of(run_dir, manifests)
     found = report["accuracy"]["extra_metrics"]
     assert [(m["key"], m["label"], m["lower_is_better"]) for m in found] == [
-        ("mMR", "MR⁻²", True),
+        ("mMR", "MR⁻² (lower is better)", True),
         ("segm_AP", "mask AP", False),
     ]
     page, markdown = written(report, run_dir)
@@ -494,8 +494,8 @@ def test_a_metric_is_told_from_other_facts_by_its_name() -> None:
     assert {
         key for key in (*named, "AP-crab", "delta", "size_bytes", "MAP_bytes", "num_images") if is_metric(key)
     } == named
-    assert [label_of(key) for key in ("VOC_AP50", "segm_AP75", "CrowdHuman_recall")] == [
-        "VOC AP50",
+    assert [label_of(key) for key in ("VOC_AP50_area", "segm_AP75", "CrowdHuman_recall")] == [
+        "VOC AP50, area under curve",
         "mask AP75",
         "CrowdHuman recall",
     ]
