@@ -1,0 +1,321 @@
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dense_detectors import tiny_atss, tiny_paper_fcos
+from detectron2.utils.events import EventStorage
+from location_cases import K, compare_with, levels, locations, objects, random_boxes
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.ops import generalized_box_iou_loss, nms, sigmoid_focal_loss
+
+from training.detectors.location_head import LocationHead
+from training.detectors.location_losses import giou_loss
+from training.detectors.paper_fcos import PaperFCOS
+
+
+def naive_fcos(boxes: list[list[float]], x: float, y: float, stride: int) -> int | None:
+    """Which box a location belongs to, one location and one box at a time."""
+    smallest, found = math.inf, None
+    low, high = {8: (-1, 64), 16: (64, 128), 32: (128, 256), 64: (256, 512), 128: (512, math.inf)}[stride]
+    for index, (x1, y1, x2, y2) in enumerate(boxes):
+        if not (x1 < x < x2 and y1 < y < y2):
+            continue
+        if abs(x - (x1 + x2) / 2) >= 1.5 * stride or abs(y - (y1 + y2) / 2) >= 1.5 * stride:
+            continue
+        if not low <= max(x - x1, y - y1, x2 - x, y2 - y) <= high:
+            continue
+        if (area := (x2 - x1) * (y2 - y1)) < smallest:
+            smallest, found = area, index
+    return found
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_locations_learn_what_a_loop_over_locations_and_boxes_gives_them(seed: int) -> None:
+    instances = objects(random_boxes(12, seed))
+    targets = tiny_paper_fcos().label_locations(levels(), [instances])
+    boxes = instances.gt_boxes.tensor.tolist()
+    assert compare_with(targets, instances, [naive_fcos(boxes, *where) for where in locations()]) > 10
+
+
+@pytest.mark.parametrize(
+    ("boxes", "some"),
+    [
+        ([[20, 20, 60, 60], [20, 20, 60, 60]], True),  # the same area: the first
+        ([[20, 20, 60, 60], [22, 22, 58, 58]], True),  # the smaller
+        ([[12, 12, 140, 28]], True),  # a location at 64 pixels from an edge belongs to both levels
+        ([[19, 19, 21, 21], [100, 100, 104, 104]], True),  # tiny, with a cell's centre inside or not
+        ([[33, 33, 35, 35]], False),
+        ([[20, 20, 20, 60], [50, 50, 50, 50]], False),  # no area
+        ([[152, 120, 192, 160]], True),  # at the border
+        ([], False),
+    ],
+)
+def test_ties_tiny_boxes_and_borders_are_as_in_the_loop(boxes: list[list[float]], some: bool) -> None:
+    instances = objects(boxes)
+    targets = tiny_paper_fcos().label_locations(levels(), [instances])
+    num_positives = compare_with(targets, instances, [naive_fcos(boxes, *where) for where in locations()])
+    assert (num_positives > 0) == some
+
+
+def test_images_of_a_batch_are_assigned_one_by_one() -> None:
+    detector = tiny_paper_fcos()
+    images = [objects(random_boxes(4, 0)), objects([]), objects(random_boxes(3, 1))]
+    together = detector.label_locations(levels(num_images=3), images)
+    for index, instances in enumerate(images):
+        alone = detector.label_locations(levels(), [instances])
+        for name in ("labels", "distances", "centerness"):
+            assert torch.equal(getattr(together, name)[index], getattr(alone, name)[0])
+
+
+def direct_losses(detector: Any, predictions: Any, targets: Any) -> dict[str, Tensor]:
+    """The losses location by location where there is an object, in pixels, with torchvision's formulas."""
+    logits, distances, centerness = (
+        torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]) for x in part], dim=1)
+        for part in predictions
+    )
+    positive = targets.labels != K
+    one_hot = nn.functional.one_hot(targets.labels, K + 1)[..., :K].float()
+    focal = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2.0, reduction="sum")
+    where = torch.tensor(locations()).expand(len(positive), -1, -1)[positive]
+    points, strides = where[:, :2], where[:, 2:]
+    boxes = [
+        torch.cat([points - edges[:, :2] * strides, points + edges[:, 2:] * strides], dim=1)
+        for edges in (distances[positive], targets.distances[positive])
+    ]
+    weights = targets.centerness[positive]
+    giou = (generalized_box_iou_loss(*boxes) * weights).sum()
+    bce = nn.functional.binary_cross_entropy_with_logits(centerness[..., 0][positive], weights, reduction="sum")
+    count, weight = max(1, int(positive.sum())), max(1.0, float(weights.sum()))
+    return {
+        "loss_cls": focal / count,
+        "loss_box_reg": detector.box_loss_weight * giou / weight,
+        "loss_centerness": bce / count,
+    }
+
+
+@pytest.fixture(params=[tiny_paper_fcos, tiny_atss])
+def detector(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+def features_of(num_images: int = 2, seed: int = 0) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(num_images, 32, *level.shape[-2:]) for level in levels()]
+
+
+@pytest.mark.parametrize("num_objects", [(6, 3), (5, 0), (0, 0)])
+def test_the_losses_are_those_of_the_formulas(detector: Any, num_objects: tuple[int, int]) -> None:
+    features = features_of()
+    for scale in detector.head.scales:
+        nn.init.uniform_(scale.scale, 0.5, 2.0)
+    nn.init.normal_(detector.head.bbox_pred.bias, 1.0)
+    predictions = detector.head(features)
+    instances = [objects(random_boxes(count, seed)) for seed, count in enumerate(num_objects)]
+    targets = detector.label_locations(features, instances)
+    found = detector.losses(predictions, targets)
+    expected = direct_losses(detector, predictions, targets)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+    weights = list(detector.head.parameters())
+    grads = [
+        torch.autograd.grad(sum(losses.values()), weights, retain_graph=True, allow_unused=True)
+        for losses in (found, expected)
+    ]
+    for name, a, b in zip(dict(detector.head.named_parameters()), *grads, strict=True):
+        assert a is not None, f"{name} is cut off"
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_box_loss_of_the_two_detectors_differs_in_its_weight_only() -> None:
+    assert (tiny_paper_fcos().box_loss_weight, tiny_atss().box_loss_weight) == (1.0, 2.0)
+
+
+def test_the_giou_of_touching_nested_and_empty_boxes_is_torchvisions_and_its_gradient_finite() -> None:
+    edges = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 0], [2, 0, 0, 2], [0, 2, 2, 0], [5, 5, 5, 5]])
+    a, b = (x.clone().requires_grad_() for x in (edges.repeat_interleave(5, 0), edges.repeat(5, 1)))
+    boxes = [torch.cat([-x[:, :2], x[:, 2:]], dim=1) for x in (a, b)]
+    positive_area = (boxes[0][:, 2:] > boxes[0][:, :2]).all(1) | (boxes[1][:, 2:] > boxes[1][:, :2]).all(1)
+    found = giou_loss(a, b)
+    torch.testing.assert_close(found[positive_area], generalized_box_iou_loss(*boxes)[positive_area])
+    found.sum().backward()
+    assert torch.isfinite(a.grad).all()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operators that make the processor wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "is_nonzero"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} with a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_assignment_losses_and_backward_never_wait_for_the_device(detector: Any) -> None:
+    features = features_of(3)
+    instances = [objects(random_boxes(6, 0)), objects([]), objects(random_boxes(2, 1))]
+    with NoWaiting():
+        losses = detector.forward_training(None, features, detector.head(features), instances)
+        sum(losses.values()).backward()
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        float(losses["loss_cls"].detach())
+
+
+def test_under_bf16_autocast_the_losses_stay_float32_and_near(detector: Any) -> None:
+    features, instances = features_of(), [objects(random_boxes(6, 0)), objects(random_boxes(4, 1))]
+    exact = detector.forward_training(None, features, detector.head(features), instances)
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = detector.head(features)
+        assert predictions[0][0].dtype == torch.bfloat16
+        found = detector.forward_training(None, features, predictions, instances)
+    for name, value in exact.items():
+        assert found[name].dtype == torch.float32
+        assert found[name].item() == pytest.approx(value.item(), rel=0.02)
+
+
+def naive_inference(detector: Any, predictions: Any, index: int) -> list[tuple[float, int, list[float]]]:
+    """Detections of one image by loops: (score, class, box), best first."""
+    candidates, position, where = [], 0, locations()
+    for level in zip(*predictions, strict=True):
+        logits, distances, centerness = (x[index].detach().double() for x in level)
+        height, width = logits.shape[1:]
+        found = []
+        for row in range(height):
+            for column in range(width):
+                x, y, stride = where[position]
+                position += 1
+                left, top, right, bottom = (distances[:, row, column] * stride).tolist()
+                for label in range(K):
+                    score = logits[label, row, column].sigmoid().item()
+                    if score > detector.test_score_thresh:
+                        both = math.sqrt(score * centerness[0, row, column].sigmoid().item())
+                        found.append((score, both, label, [x - left, y - top, x + right, y + bottom]))
+        candidates += sorted(found, key=lambda c: -c[0])[: detector.test_topk_candidates]
+    boxes, scores = torch.tensor([c[3] for c in candidates]), torch.tensor([c[1] for c in candidates])
+    labels = torch.tensor([c[2] for c in candidates])
+    kept = []
+    for label in range(K):
+        of_class = (labels == label).nonzero().flatten()
+        kept += of_class[nms(boxes[of_class], scores[of_class], detector.test_nms_thresh)].tolist()
+    kept.sort(key=lambda i: -scores[i])
+    return [(candidates[i][1], candidates[i][2], candidates[i][3]) for i in kept[: detector.max_detections_per_image]]
+
+
+@pytest.mark.parametrize(("topk", "most"), [(20, 100), (1000, 100), (1000, 10_000)])
+def test_detections_are_those_of_a_loop_over_locations_and_classes(detector: Any, topk: int, most: int) -> None:
+    detector.test_score_thresh, detector.test_topk_candidates, detector.max_detections_per_image = 0.3, topk, most
+    for module in (detector.head.cls_score, detector.head.bbox_pred, detector.head.centerness):
+        nn.init.normal_(module.weight, std=0.2)
+    nn.init.constant_(detector.head.cls_score.bias, -3.0)
+    images = type("Images", (), {"image_sizes": [(160, 192)] * 2})
+    with torch.no_grad():
+        features = features_of()
+        predictions = detector.head(features)
+        results = detector.forward_inference(images, features, predictions)
+    for index, found in enumerate(results):
+        expected = naive_inference(detector, predictions, index)
+        assert len(found) == len(expected) > 20
+        assert found.scores.tolist() == pytest.approx([score for score, _, _ in expected], abs=1e-6)
+        assert found.pred_classes.tolist() == [label for _, label, _ in expected]
+        torch.testing.assert_close(found.pred_boxes.tensor, torch.tensor([box for _, _, box in expected]))
+        below = found.scores.min() < detector.test_score_thresh  # which is one of the class score alone
+        assert below or len(found) == most or topk == 20
+
+
+def test_the_head_has_the_layers_and_names_of_the_reference_code() -> None:
+    head = LocationHead(channels=256, num_classes=80)
+    shapes = {name: tuple(value.shape) for name, value in head.state_dict().items()}
+    towers = [f"{tower}.{3 * i + j}.{kind}" for tower in ("cls_subnet", "bbox_subnet") for i in range(4)
+              for j in (0, 1) for kind in ("weight", "bias")]  # fmt: skip
+    outputs = [f"{name}.{kind}" for name in ("cls_score", "bbox_pred", "centerness") for kind in ("weight", "bias")]
+    assert set(shapes) == {*towers, *outputs, *(f"scales.{i}.scale" for i in range(5))}
+    assert shapes["cls_score.weight"] == (80, 256, 3, 3)
+    assert shapes["bbox_subnet.9.weight"] == (256, 256, 3, 3)
+    assert shapes["scales.4.scale"] == (1,)
+    assert head.cls_subnet[1].num_groups == 32
+    assert head.cls_score.bias[0].sigmoid().item() == pytest.approx(0.01)
+    assert head.cls_subnet[0].weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_centerness_comes_from_the_box_tower_and_each_level_has_its_scale() -> None:
+    head = LocationHead(channels=32, num_classes=K, num_convs=1, norm_groups=8, num_levels=2)
+    feature = torch.randn(1, 32, 4, 4)
+    with torch.no_grad():
+        head.scales[1].scale.fill_(3.0)
+        logits, distances, centerness = head([feature, feature])
+        for parameter in head.cls_subnet.parameters():
+            parameter.zero_()
+        again = head([feature, feature])
+    assert torch.equal(distances[1], distances[0] * 3)
+    assert distances[0].min() == 0 < distances[0].max()
+    assert torch.equal(again[2][0], centerness[0])
+    assert not torch.equal(again[0][0], logits[0])
+
+
+def test_values_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"norm_groups is 32, which does not divide its 48 channels"):
+        LocationHead(channels=48, num_classes=2)
+    with pytest.raises(ValueError, match=r"level_size_bounds has 4 values for 4 levels; give one less"):
+        PaperFCOS(
+            backbone=tiny_paper_fcos().backbone,
+            head=LocationHead(channels=32, num_classes=2, num_levels=4),
+            head_in_features=["p3", "p4", "p5", "p6"],
+            num_classes=2,
+            pixel_mean=[0.0],
+            pixel_std=[1.0],
+        )
+
+
+def two_images(empty: bool) -> list[dict[str, Any]]:
+    """One image with objects and one with fewer, or with none."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"image": torch.randint(0, 256, (3, 160, 192), dtype=torch.uint8, generator=generator), "instances": instances}
+        for instances in (objects(random_boxes(7, 0)), objects(random_boxes(0 if empty else 2, 1)))
+    ]
+
+
+def losses_of(build: Callable[[], nn.Module], inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    with EventStorage():
+        return build().train()(inputs)
+
+
+def compare_with_one_process(rank: int, rendezvous: str) -> None:
+    """The mean of the processes' losses must be what one process finds on the whole batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rendezvous, rank=rank, world_size=2)
+    expected_of: dict[tuple[Any, bool], dict[str, float]] = {}
+    for build in (tiny_paper_fcos, tiny_atss):
+        for empty in (False, True):
+            losses = losses_of(build, two_images(empty)[rank : rank + 1])
+            for name, loss in losses.items():
+                torch.distributed.all_reduce(total := loss.detach().clone())
+                expected_of.setdefault((build, empty), {})[name] = float(total) / 2
+    torch.distributed.destroy_process_group()
+    for (build, empty), found in expected_of.items():
+        expected = {name: float(loss) for name, loss in losses_of(build, two_images(empty)).items()}
+        assert found == pytest.approx(expected, rel=1e-5), (build, empty)
+
+
+def test_two_processes_divide_by_the_mean_over_both(tmp_path: Path) -> None:
+    here = Path(__file__).resolve()
+    code = (
+        f"import sys; sys.path[:0] = {[str(here.parents[i]) for i in range(3)]}\n"
+        "import torch, test_paper_fcos as this\n"
+        "if __name__ == '__main__':\n"
+        f"    torch.multiprocessing.spawn(this.compare_with_one_process, ('file://{tmp_path}/rendezvous',), 2)\n"
+    )
+    script = tmp_path / "two_processes.py"
+    script.write_text(code)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
