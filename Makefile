@@ -22,7 +22,7 @@ STAGES := data train strip export engine validate deploy benchmark
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train-export-deploy $(STAGES) report status serve detect test lint golden lock clean
+.PHONY: help setup train-export-deploy $(STAGES) report status serve detect test conformance lint golden lock clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ detect: $(INSTALLED) ## Send IMAGES="a.jpg b.jpg" to the server that `make serve
 
 test: $(INSTALLED) lint ## Run the linters, the type checker and the test suite.
 	@$(BIN)/python -m pytest $(ARGS)
+
+conformance: $(INSTALLED) ## Train, strip and load every recipe at its full size; ten minutes or more.
+	@$(BIN)/python bench/conformance.py $(ARGS)
 
 lint: $(INSTALLED) ## Run the linters and the type checker alone.
 	@$(BIN)/ruff check .
