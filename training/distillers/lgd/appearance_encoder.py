@@ -23,7 +23,7 @@ class AppearanceEncoder(nn.Module):
         self.projection = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, features: Tensor, masks: Tensor) -> Tensor:
-        return mask_pool(F.relu(normalize_samples(self.projection(features))), masks)
+        return mask_pool(F.relu(normalize_samples(self.projection(features)), inplace=True), masks)
 
 
 def mask_pool(features: Tensor, masks: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from detectron2.structures import Instances
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 NO_CLASS = -1
@@ -67,15 +68,16 @@ def objects_from_instances(
     height, width = padded_size
     boxes, classes = [], []
     for instances in gt_instances:
-        image_boxes = instances.gt_boxes.tensor.detach().float()
-        if not len(instances):
-            extra = [[0.0, 0.0, 1.0, 1.0]]
-        elif context_object:
-            extra = [[0.0, 0.0, float(width), float(height)]]
-        else:
-            extra = []
-        boxes.append(torch.cat((image_boxes, image_boxes.new_tensor(extra).reshape(-1, 4))))
-        classes.append(torch.cat((instances.gt_classes, instances.gt_classes.new_full((len(extra),), NO_CLASS))))
+        image_boxes, image_classes = instances.gt_boxes.tensor.detach().float(), instances.gt_classes
+        if context_object or not len(instances):
+            # Filled, not copied from a list, which would make the host wait for the device where the labels are there.
+            extra = image_boxes.new_zeros(1, 4)
+            extra[:, 2] = width if len(instances) else 1
+            extra[:, 3] = height if len(instances) else 1
+            image_boxes = torch.cat((image_boxes, extra))
+            image_classes = F.pad(image_classes, (0, 1), value=NO_CLASS)
+        boxes.append(image_boxes)
+        classes.append(image_classes)
     padded_boxes = in_slots(boxes)
     x = padded_boxes[..., 0::2].clamp(0, width - 1)
     y = padded_boxes[..., 1::2].clamp(0, height - 1)
