@@ -23,6 +23,7 @@ class ParityConfig:
         min_iou, max_box_error_pixels: a pair matches with this IoU or with every coordinate this near.
         max_score_error: and with scores this near; also how near the score threshold, or the last kept score of a full
             list, an unmatched detection must be to be forgiven.
+        max_mask_error: and with masks whose probabilities differ by this on average, where there are masks.
         num_batch_images: images of the batch invariance test.
         min_matched_score: above it no detection may change with the batch the image is in.
     """
@@ -34,6 +35,7 @@ class ParityConfig:
     min_iou: float = 0.999
     max_box_error_pixels: float = 0.01
     max_score_error: float = 1e-3
+    max_mask_error: float = 1e-3
     num_batch_images: int = 19
     min_matched_score: float = 0.3
 
@@ -48,6 +50,7 @@ class MatchResult:
         num_unmatched: detections of either side without a partner and without an excuse.
         num_tolerated: unpaired detections so near a cut-off that rounding decides whether they exist.
         min_iou, max_score_error, max_box_error_pixels: the worst over the pairs.
+        max_mask_error: the same of the masks' mean absolute difference; 0 without masks.
         unmatched_images: positions of the images with unmatched detections.
     """
 
@@ -58,6 +61,7 @@ class MatchResult:
     min_iou: float = 1.0
     max_score_error: float = 0.0
     max_box_error_pixels: float = 0.0
+    max_mask_error: float = 0.0
     unmatched_images: tuple[int, ...] = ()
 
 
@@ -89,12 +93,14 @@ def match_detections(
     min_iou: float = 0.999,
     max_box_error_pixels: float = 0.01,
     max_score_error: float = 1e-3,
+    max_mask_error: float = 1e-3,
     score_floor: float = 0.0,
 ) -> MatchResult:
     """Pair the detections of one image, each with at most one, by falling score.
 
-    A pair has the same class, scores within ``max_score_error``, and IoU >= ``min_iou`` or every coordinate within
-    ``max_box_error_pixels``; of several possible partners the nearest box is taken.
+    A pair has the same class, scores within ``max_score_error``, IoU >= ``min_iou`` or every coordinate within
+    ``max_box_error_pixels``, and masks, where there are any, within ``max_mask_error``; of several possible partners
+    the nearest box is taken.
 
     Args:
         reference, candidate: boxes in the same pixels.
@@ -102,12 +108,17 @@ def match_detections(
             detection within ``max_score_error`` of the threshold, or of the last score of a full list, is tolerated:
             there a rounding error decides about existence.
         score_floor: detections with this score or less may have no partner.
+
+    Raises:
+        ValueError: one side has masks and the other has none.
     """
     same_class = reference.labels[:, None] == candidate.labels[None, :]
     score_error = np.abs(reference.scores[:, None] - candidate.scores[None, :])
     box_error = np.abs(reference.boxes[:, None] - candidate.boxes[None, :]).max(axis=2, initial=0)
     iou = pairwise_iou(reference.boxes, candidate.boxes)
     possible = same_class & (score_error <= max_score_error) & ((iou >= min_iou) | (box_error <= max_box_error_pixels))
+    mask_error = _mask_error(reference, candidate, possible)
+    possible &= mask_error <= max_mask_error
     pairs: list[tuple[int, int]] = []
     free = np.ones(len(candidate), dtype=bool)
     for i in np.argsort(-reference.scores, kind="stable").tolist():
@@ -135,8 +146,20 @@ def match_detections(
         min_iou=min((float(iou[pair]) for pair in pairs), default=1.0),
         max_score_error=max((float(score_error[pair]) for pair in pairs), default=0.0),
         max_box_error_pixels=max((float(box_error[pair]) for pair in pairs), default=0.0),
+        max_mask_error=max((float(mask_error[pair]) for pair in pairs), default=0.0),
         unmatched_images=(0,) if num_unmatched else (),
     )
+
+
+def _mask_error(reference: Detections, candidate: Detections, possible: np.ndarray) -> np.ndarray:
+    """Mean absolute difference of the masks of every possible pair, (A, B); 0 elsewhere and without masks."""
+    error = np.zeros(possible.shape)
+    if (reference.masks is None) != (candidate.masks is None):
+        raise ValueError("detections with masks cannot be matched with detections without")
+    if reference.masks is not None and candidate.masks is not None:
+        i, j = np.nonzero(possible)
+        error[i, j] = np.abs(reference.masks[i] - candidate.masks[j]).mean(axis=(1, 2))
+    return error
 
 
 def combined(results: Iterable[MatchResult]) -> MatchResult:
@@ -151,6 +174,7 @@ def combined(results: Iterable[MatchResult]) -> MatchResult:
             min_iou=min(total.min_iou, result.min_iou),
             max_score_error=max(total.max_score_error, result.max_score_error),
             max_box_error_pixels=max(total.max_box_error_pixels, result.max_box_error_pixels),
+            max_mask_error=max(total.max_mask_error, result.max_mask_error),
             unmatched_images=total.unmatched_images + tuple(total.num_images + i for i in result.unmatched_images),
         )
     return total

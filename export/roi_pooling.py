@@ -50,8 +50,7 @@ class PyramidPooling(nn.Module):
     def chunk_size(self, num_boxes: int, channels: int) -> int:
         """Number of boxes of a chunk, so that chunks are nearly equal and none is larger than the limit."""
         per_box = self.num_bins * channels * max(width for _, width in self.grids)
-        num_chunks = math.ceil(num_boxes / max(1, CHUNK_ELEMENTS // per_box))
-        return math.ceil(num_boxes / num_chunks)
+        return evenly(num_boxes, CHUNK_ELEMENTS // per_box)
 
     def forward(self, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
         """Pool each box from its level.
@@ -67,12 +66,11 @@ class PyramidPooling(nn.Module):
         level = self._levels(boxes)
         total = torch.zeros((), device=boxes.device)
         for index, (features, scale, (height, width)) in enumerate(zip(maps, self.scales, self.grids, strict=True)):
-            edges = boxes * scale - 0.5  # pixel centres are at whole numbers
-            along_x = interpolation_weights(edges[..., 0], edges[..., 2], width, bins)
-            along_y = interpolation_weights(edges[..., 1], edges[..., 3], height, bins)
-            along_y = along_y * (level == index)[:, :, None, None]
-            rows = along_y.flatten(1, 2) @ features
-            total = total + along_x[:, :, None] @ rows.reshape(-1, num_boxes, bins, width, features.shape[2] // width)
+            corners = (boxes * scale - 0.5).unflatten(2, (2, 2))  # pixel centres are at whole numbers
+            along_x, along_y = interpolation_weights(corners, (width, height), bins).unbind(2)
+            along_y = along_y[..., :height] * (level == index)[:, :, None, None]
+            rows = (along_y.flatten(1, 2) @ features).reshape(-1, num_boxes, bins, width, features.shape[2] // width)
+            total = total + along_x[:, :, None, :, :width] @ rows
         return total.permute(0, 1, 4, 2, 3).flatten(0, 1)
 
     def _levels(self, boxes: Tensor) -> Tensor:
@@ -87,28 +85,38 @@ class PyramidPooling(nn.Module):
         return level
 
 
-def interpolation_weights(start: Tensor, end: Tensor, num_cells: int, num_bins: int) -> Tensor:
-    """What each cell contributes to each bin of an interval, along one axis.
+def evenly(num_boxes: int, largest: int) -> int:
+    """Size of the chunks, each of at most ``largest`` boxes, that divide ``num_boxes`` most evenly."""
+    return math.ceil(num_boxes / math.ceil(num_boxes / max(1, largest)))
+
+
+def interpolation_weights(corners: Tensor, num_cells: tuple[int, int], num_bins: int) -> Tensor:
+    """What each column of cells contributes to each bin of a box along x, and each row along y.
 
     A bin is the mean of ``ceil(length / bins)`` equally spaced samples, a sample the linear interpolation of the two
-    cells beside it, or the first or last cell beyond their centres. An interval of length 0 has no samples.
+    cells beside it, or the first or last cell beyond their centres. An edge of length 0 has no samples.
 
     Args:
-        start, end: (N, B) in cells, within [-0.5, num_cells - 0.5].
+        corners: (N, B, 2, 2), the boxes' corners (x1, y1), (x2, y2) in cells, from -0.5 to the number of cells - 0.5.
+        num_cells: (W, H).
 
     Returns:
-        (N, B, P, num_cells); each bin's weights add up to 1.
+        (N, B, 2, P, max(W, H)), x first; each bin's weights add up to 1.
     """
-    bin_length = ((end - start) / num_bins)[..., None, None]
+    start, end = corners[:, :, 0, :, None, None], corners[:, :, 1, :, None, None]  # (N, B, 2, 1, 1)
+    bin_length = (end - start) / num_bins
     num_samples = bin_length.ceil()
-    sample = torch.arange(math.ceil(num_cells / num_bins), device=start.device, dtype=torch.float32)
+    sample = torch.arange(math.ceil(max(num_cells) / num_bins), device=start.device, dtype=torch.float32)
     offset = (sample + 0.5) * bin_length / num_samples.clamp(min=1)
     first = torch.arange(num_bins, device=start.device, dtype=torch.float32)[:, None] * bin_length
-    position = (start[..., None, None] + first + offset).clamp(0, num_cells - 1)  # (N, B, P, samples)
-    cell = torch.arange(num_cells, device=start.device, dtype=torch.float32)
+    width, height = num_cells
+    axis = torch.arange(2, device=start.device, dtype=torch.float32)[:, None, None]
+    last_cell = (width - 1) + axis * (height - width)  # no constant tensor, which the exporter refuses in a loop's body
+    position = torch.minimum((start + first + offset).clamp(min=0), last_cell)  # (N, B, 2, P, samples)
+    cell = torch.arange(max(num_cells), device=start.device, dtype=torch.float32)
     weight = (1 - (position[..., None] - cell).abs()).clamp(min=0)
     weight = weight * ((sample < num_samples) / num_samples.clamp(min=1))[..., None]
-    return weight.sum(dim=3)
+    return weight.sum(dim=4)
 
 
 def maps_of(features: Sequence[Tensor]) -> list[Tensor]:
@@ -129,10 +137,12 @@ def in_chunks(
         num_used: (N, 1) int32, how many of the first boxes count.
 
     Returns:
-        (N, M, D), zero where no chunk came.
+        (N, M, D); behind the last used box whatever, or zero.
     """
     num_boxes = boxes.shape[1]
     num_chunks = math.ceil(num_boxes / chunk_size)
+    if num_chunks == 1:
+        return head(boxes)
     boxes = torch.nn.functional.pad(boxes, (0, 0, 0, num_chunks * chunk_size - num_boxes))
     by_chunk = boxes.reshape(-1, num_chunks, chunk_size, boxes.shape[2])
     position = torch.arange(num_chunks, device=boxes.device)

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from export.dense_graph import by_location, top_pairs, zero_below
 from export.graph_parts import InferenceSettings, boxes_from_deltas, on_canvas
 from export.nms import greedy_nms, rows
-from export.roi_pooling import PyramidPooling, in_chunks, maps_of
+from export.roi_pooling import PyramidPooling, evenly, in_chunks, maps_of
 from export.signature import DetectorSignature
+
+MASKS_AT_ONCE = 20
+"""Most images have fewer detections, and only chunks that have one are drawn."""
 
 
 def two_stage_settings(detector: GeneralizedRCNN) -> InferenceSettings:
@@ -202,7 +205,10 @@ class TwoStageGraph(nn.Module):
         logits = in_chunks(
             drawn,
             with_labels,
-            chunk_size=self.mask_pooling.chunk_size(num_boxes, features[self.mask_in_features[0]].shape[1]),
+            chunk_size=min(
+                evenly(num_boxes, MASKS_AT_ONCE),
+                self.mask_pooling.chunk_size(num_boxes, features[self.mask_in_features[0]].shape[1]),
+            ),
             num_values=size * size,
             num_used=num_detections,
         )

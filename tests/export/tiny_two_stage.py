@@ -36,6 +36,9 @@ def calibrated_rcnn(*, masks: bool, seed: int = 0, class_agnostic: bool = False)
         if masks
         else faster_rcnn(tiny_bottom_up(), **SIZES)
     )
+    tree.roi_heads.box_pooler.canonical_box_size = 56  # on small canvases too, every level has boxes
+    if masks:
+        tree.roi_heads.mask_pooler.canonical_box_size = 56
     tree.roi_heads.box_predictor.cls_agnostic_bbox_reg = class_agnostic
     detector = build_student(tree, num_classes=len(CLASS_NAMES), seed=seed).eval()
     if class_agnostic and masks:
