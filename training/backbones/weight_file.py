@@ -45,7 +45,7 @@ def read_weight_file(path: Path) -> dict[str, Any]:
         WeightsUnusable: there is no such file, it is damaged, or it holds more than tensors and plain values.
     """
     if not path.is_file():
-        raise WeightsUnusable(f"pretrained weights not found: {path}; check the path in the recipe")
+        raise WeightsUnusable(f"pretrained weights not found: {path}; check the path")
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
