@@ -112,7 +112,8 @@ def _listed(image_set: ImageSet) -> tuple[list[str], list[str]]:
     """The names in a set's list, and what is wrong with it."""
     names: dict[str, int] = {}
     problems = []
-    for number, line in enumerate(image_set.list_file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    text = image_set.list_file.read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
         if len(words) > 1:
             problems.append(
