@@ -134,14 +134,14 @@ def _ap_curve(axes: Axes, report: Mapping[str, Any]) -> None:
     """Student in full lines; baseline and implicit teacher beside it where they were measured."""
     curve = report["distillation"]["ap_curve"]
     others = {row["who"]: row["curve"] for row in report["teacher_panel"]["rows"] if row["who"] != "student"}
-    lines = [("AP", curve, "AP", "-"), ("AP50", curve, "AP50", "-")]
+    lines = [("AP, student", curve, "AP", "-"), ("AP50, student", curve, "AP50", "-")]
     lines += [(f"AP, {who.partition(' (')[0]}", points, "AP", "--") for who, points in others.items()]
     for index, (label, evaluations, metric, style) in enumerate(lines):
         points = [(100 * point["fraction"], point[metric]) for point in evaluations if point[metric] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=SERIES[index], linestyle=style, label=label)
     axes.set(xlabel="training (%)", ylabel="AP on validation (%)", ylim=(0, None))
-    _legend(axes)
+    _legend(axes, columns=2)
 
 
 def _losses(axes: Axes, losses: Mapping[str, Sequence[Mapping[str, float]]]) -> None:

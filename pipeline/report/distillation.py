@@ -81,8 +81,8 @@ def _distiller(manifests: Manifests) -> str | None:
 def _baseline_row(baseline: Baseline | None, command: str | None) -> dict[str, Any]:
     if baseline is None:
         reason = "no run beside this one trains the same without a distiller; train it, then write this report anew"
-        nothing = {"status": NOT_RUN, "reason": reason, "curve": [], **metrics_of({})}
-        return {"who": BASELINE, **nothing, "run": None, "fingerprint": None, "command": command}
+        head = {"who": BASELINE, "status": NOT_RUN, "reason": reason, "curve": []}
+        return {**head, **metrics_of({}), "run": None, "fingerprint": None, "command": command}
     found = _end(curve_of(baseline.train.facts, "ap_curve"))
     if found["status"] == AVAILABLE and not baseline.same_seed:
         found["reason"] = f"of another seed, {baseline.seed}: the difference includes the spread between seeds"
