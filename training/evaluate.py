@@ -17,8 +17,10 @@ from torch.utils.data import DataLoader
 
 from training.dataset import CheckedMapper, CocoDataset, detectron2_dicts, register_with_detectron2
 from training.dataset_metrics import dataset_metrics
+from training.mask_annotations import has_mask_head, mask_format
 
 RESULTS_FILE = "coco_instances_results.json"
+_REPORTED = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def evaluate_detector(
@@ -32,23 +34,24 @@ def evaluate_detector(
 ) -> dict[str, float]:
     """COCO box AP in percent (``AP``, ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``) of ``detector`` on ``dataset``.
 
-    The detections are left in ``output_directory`` in COCO's results format, boxes XYWH in original image pixels.
-    A model without any detection has AP 0. With ``keep_labels`` each input carries its ground truth as ``instances``.
+    A detector with a mask head also has ``segm_AP`` and so on, of its masks. The detections are left in
+    ``output_directory`` in COCO's results format, boxes XYWH in original image pixels. A model without any detection
+    has AP 0. With ``keep_labels`` each input carries its ground truth as ``instances``.
     :func:`training.dataset_metrics.dataset_metrics` adds what the data set's own field measures.
     """
     name = f"evaluated-{dataset.annotation_file.stem}"
     register_with_detectron2(name, dataset)
     loader = inference_loader(detector, dataset, short_edge_pixels, max_edge_pixels, keep_labels=keep_labels)
     was_training = detector.training
+    tasks = {"bbox": "", "segm": "segm_"} if has_mask_head(detector) else {"bbox": ""}
     # pycocotools and the evaluator print tables; the caller reports.
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = COCOEvaluator(
-            name, tasks=("bbox",), distributed=False, output_dir=str(output_directory), use_fast_impl=False
+            name, tasks=tuple(tasks), distributed=False, output_dir=str(output_directory), use_fast_impl=False
         )
         results = inference_on_dataset(detector.eval(), loader, evaluator)
     detector.train(was_training)
-    box = results["bbox"]
-    scores = {key: _or_zero(box[key]) for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    scores = {f"{prefix}{key}": _or_zero(results[task][key]) for task, prefix in tasks.items() for key in _REPORTED}
     return scores | dataset_metrics(dataset, json.loads((output_directory / RESULTS_FILE).read_text()))
 
 
@@ -61,12 +64,15 @@ def inference_loader(
     keep_labels: bool = False,
 ) -> DataLoader:
     """detectron2's test loader: one image a batch, in the order of the annotation file."""
+    records = detectron2_dicts(dataset)
     mapper = CheckedMapper(
         is_train=keep_labels,  # all that it changes is that annotations are kept
         augmentations=[T.ResizeShortestEdge(short_edge_pixels, max_edge_pixels)],
         image_format=detector.input_format,
+        use_instance_mask=keep_labels and has_mask_head(detector),
+        instance_mask_format=mask_format(records),
     )
-    return build_detection_test_loader(dataset=detectron2_dicts(dataset), mapper=mapper, num_workers=0)
+    return build_detection_test_loader(dataset=records, mapper=mapper, num_workers=0)
 
 
 def _or_zero(value: float) -> float:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from training.config import TrainingConfig
 from training.dataset import CheckedMapper, CocoDataset, detectron2_dicts
+from training.mask_annotations import has_mask_head, mask_format
 
 _ORDER, _AUGMENTATION, _STEP = range(3)  # what a random number is for, so that no two of them share a seed
 
@@ -49,7 +50,8 @@ def training_loader(student: nn.Module, config: TrainingConfig, dataset: CocoDat
         is_train=True,
         augmentations=[resize, T.RandomFlip()],
         image_format=student.input_format,
-        use_instance_mask=bool(getattr(getattr(student, "roi_heads", None), "mask_on", False)),
+        use_instance_mask=has_mask_head(student),
+        instance_mask_format=mask_format(records),
     )
     return DataLoader(
         DrawnImages(DatasetFromList(records, copy=False), mapper, config.seed),

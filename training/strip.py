@@ -128,7 +128,7 @@ def _parts(tensors: dict[str, Tensor]) -> list[Part]:
 
 @torch.inference_mode()
 def _max_abs_difference(first: nn.Module, second: nn.Module, inputs: list[dict[str, Any]]) -> float:
-    """Largest difference of boxes or scores; infinite where number, order or classes of detections differ."""
+    """Largest difference of boxes, scores or pixels of masks; infinite where number, order or classes differ."""
     largest = 0.0
     for probe in inputs:
         a, b = first([probe])[0]["instances"], second([probe])[0]["instances"]
@@ -140,4 +140,6 @@ def _max_abs_difference(first: nn.Module, second: nn.Module, inputs: list[dict[s
                 float((a.pred_boxes.tensor - b.pred_boxes.tensor).abs().max()),
                 float((a.scores - b.scores).abs().max()),
             )
+        if len(a) and a.has("pred_masks"):
+            largest = max(largest, float((a.pred_masks ^ b.pred_masks).any()))
     return largest

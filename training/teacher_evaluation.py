@@ -57,6 +57,8 @@ class _LabelledTeacher(nn.Module):
         super().__init__()
         self._detector = detector
         self.input_format = detector.student.input_format
+        if hasattr(detector.student, "roi_heads"):
+            self.roi_heads = detector.student.roi_heads  # says whether masks are to be read and evaluated
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Instances]]:
         student, distiller = self._detector.student, self._detector.distiller

@@ -24,6 +24,7 @@ from training.distilled_detector import DistillationHook, DistilledDetector
 from training.evaluate import resolve_device
 from training.launch import check_processes, distributed
 from training.loader import TrainingInputError, training_loader
+from training.mask_annotations import check_masks
 from training.optimization import LearningRateHook, build_optimizers
 from training.progress import ProgressWriter, RunHook
 from training.tracking import check_tracker, writers
@@ -86,12 +87,14 @@ def train(
         CompilerMissing, TrackerMissing: the recipe asks for what is not installed.
         LaunchError: the batch cannot be shared out to the processes.
         TrainingInputError: nothing is left to train on, or the initial checkpoint is missing.
+        DatasetError: the student draws masks and an annotation has none.
     """
     seed_all_rng(config.seed + comm.get_rank())
     device = resolve_device(config.device)
     check_precision(config, device)
     check_tracker(config)
     check_processes(config, comm.get_world_size())
+    check_masks(student, train_set, validation_set)
     # Depthwise convolutions train twice as fast on a CPU in channels-last, dense ones faster still on tensor cores.
     detector = distilled_detector(student, distiller_config).to(device, memory_format=torch.channels_last)
     detector.train()
