@@ -40,7 +40,7 @@ def read_annotation(xml: Path, file: Path) -> VocImage | list[str]:
     try:
         root = ElementTree.parse(xml).getroot()
     except FileNotFoundError:
-        return [f"{xml}: there is no such annotation file and the image set lists its image: add it, or take the image out."]
+        return [f"{xml}: there is no such annotation file for an image in the list: add it, or take the image out."]
     except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:
         return [f"{xml}: not readable as XML ({error}); if it was copied it may be cut off: fetch it again."]
     problems: list[str] = []
