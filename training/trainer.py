@@ -44,6 +44,12 @@ class Trainer(SimpleTrainer):
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
 
     def run_step(self) -> None:
+        # TorchScript, which detectron2's focal loss is in, computes its first two calls in a process otherwise than the
+        # rest. They differ in the last bits, and a run that goes on in a new process has to end where it would have.
+        with torch.jit.optimized_execution(False):
+            self._step()
+
+    def _step(self) -> None:
         assert self.model.training
         num_parts = self._config.accumulate_batches
         data_seconds = 0.0
