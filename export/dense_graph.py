@@ -17,7 +17,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
-from export.graph_parts import InferenceSettings, on_canvas
+from export.graph_parts import InferenceSettings, boxes_from_deltas, on_canvas
 from export.nms import greedy_nms, rows
 from export.signature import DetectorSignature
 from training.detectors.atss import ATSS
@@ -111,10 +111,8 @@ class DeltaDecoder(nn.Module):
         self.num_classes = detector.num_classes
         self.num_candidates = detector.test_topk_candidates
         self.score_threshold = detector.test_score_thresh
-        transform = detector.box2box_transform
-        self.scale_clamp = float(transform.scale_clamp)
-        weights = torch.tensor(transform.weights, dtype=torch.float32, device=detector.pixel_mean.device)
-        self.register_buffer("delta_weights", weights)
+        self.delta_weights = tuple(detector.box2box_transform.weights)
+        self.scale_clamp = float(detector.box2box_transform.scale_clamp)
         _register_levels(self, anchors=anchors)
 
     def forward(self, level: int, logits: Tensor, deltas: Tensor) -> Candidates:
@@ -124,17 +122,8 @@ class DeltaDecoder(nn.Module):
         """
         top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates)
         anchors = getattr(self, f"anchors_{level}")[index]
-        boxes = self._decoded(rows(by_location(deltas, 4), index).float(), anchors)
+        boxes = boxes_from_deltas(rows(by_location(deltas, 4), index), anchors, self.delta_weights, self.scale_clamp)
         return boxes, zero_below(top_logits.float().sigmoid(), self.score_threshold), labels
-
-    def _decoded(self, deltas: Tensor, anchors: Tensor) -> Tensor:
-        """``Box2BoxTransform.apply_deltas``, operation for operation: (N, M, 4) and (N, M, 4) → (N, M, 4)."""
-        size = anchors[..., 2:] - anchors[..., :2]
-        centre = anchors[..., :2] + 0.5 * size
-        deltas = deltas / self.delta_weights
-        centre = deltas[..., :2] * size + centre
-        size = deltas[..., 2:].clamp(max=self.scale_clamp).exp() * size
-        return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
 
 
 class FcosDecoder(nn.Module):

@@ -97,7 +97,7 @@ def fcos(
 
     Args:
         bottom_up: lazy call of a network with the outputs ``bottom_up_features``.
-        channels: of the pyramid and the head; with ``head_norm="GN"`` a multiple of 32.
+        channels: of the pyramid and the head; with ``head_norm="GN"`` a multiple of 32, 64 at least.
         num_head_convs: 3x3 convolutions in each of the head's two towers.
         head_norm: behind the towers' convolutions, ``"GN"`` or ``""`` for none.
         bottom_up_features: of strides 8, 16 and 32.

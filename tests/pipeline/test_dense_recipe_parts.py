@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.modeling.meta_arch.fcos import FCOS
+from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+
+from pipeline.recipe_parts import CAFFE_BGR, atss, fcos, paper_fcos, resnet, retinanet, swin_tiny
+from training.detectors.atss import ATSS
+from training.detectors.paper_fcos import PaperFCOS
+from training.student import build_student
+
+SMALL = {"channels": 64, "num_head_convs": 1, "pixels": CAFFE_BGR}
+
+
+def built(model: Any) -> Any:
+    return build_student(model, 3, seed=0)
+
+
+def losses_of(detector: Any) -> dict[str, float]:
+    instances = Instances((96, 128))
+    instances.gt_boxes, instances.gt_classes = Boxes(torch.tensor([[20.0, 20, 80, 70]])), torch.tensor([2])
+    with EventStorage(), torch.no_grad():
+        losses = detector.train()([{"image": torch.zeros(3, 96, 128, dtype=torch.uint8), "instances": instances}])
+    return {name: float(loss) for name, loss in losses.items()}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "threshold", "nms_threshold"),
+    [
+        (retinanet(resnet(18), **SMALL), RetinaNet, 0.05, 0.5),
+        (fcos(resnet(18), **SMALL), FCOS, 0.2, 0.6),
+        (paper_fcos(resnet(18), **SMALL), PaperFCOS, 0.05, 0.6),
+        (atss(resnet(18), **SMALL), ATSS, 0.05, 0.6),
+    ],
+    ids=["retinanet", "fcos", "paper_fcos", "atss"],
+)
+def test_each_part_builds_the_detector_for_the_data_sets_classes(
+    model: Any, kind: type, threshold: float, nms_threshold: float
+) -> None:
+    detector = built(model)
+    assert type(detector) is kind
+    assert (detector.num_classes, detector.head.cls_score.out_channels % 3) == (3, 0)
+    assert (detector.test_score_thresh, detector.test_nms_thresh) == (threshold, nms_threshold)
+    assert detector.input_format == "BGR"
+    assert detector.pixel_mean.flatten().tolist() == pytest.approx(CAFFE_BGR.mean)
+    assert detector.backbone.top_block.in_feature == "p5"
+    assert all(torch.isfinite(torch.tensor(value)) for value in losses_of(detector).values())
+
+
+def test_retinanet_takes_its_top_levels_from_res5_where_asked() -> None:
+    detector = built(retinanet(resnet(18), top_block_in="res5", res5_channels=512, **SMALL))
+    assert detector.backbone.top_block.p6.in_channels == 512
+    assert losses_of(detector).keys() == {"loss_cls", "loss_box_reg"}
+    default = retinanet(resnet(50), top_block_in="res5")
+    assert default.backbone.top_block.in_channels == 2048
+    with pytest.raises(ValueError, match="top_block_in is 'res4', expected 'p5' or 'res5'"):
+        retinanet(resnet(18), top_block_in="res4")
+
+
+def test_a_network_with_other_names_below_the_pyramid_serves_too() -> None:
+    detector = built(retinanet(swin_tiny(), bottom_up_features=("p1", "p2", "p3"), **SMALL))
+    assert sorted(detector.backbone.output_shape()) == ["p3", "p4", "p5", "p6", "p7"]
+    assert losses_of(detector)["loss_cls"] > 0
+
+
+def test_the_sizes_of_the_levels_and_the_groups_of_the_norm_reach_the_detector() -> None:
+    detector = built(paper_fcos(resnet(18), level_size_bounds=(16, 32, 64, 128), norm_groups=16, **SMALL))
+    assert detector.level_size_bounds == (16, 32, 64, 128)
+    assert detector.head.cls_subnet[1].num_groups == 16
