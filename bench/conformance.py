@@ -31,7 +31,17 @@ def main() -> None:
     selected = [f"{TEST}[{name}]" for name in arguments.only] or [TEST]
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        options = ["-m", "conformance", "-p", "no:cacheprovider", "--basetemp", f"{scratch}/runs", "--timeout=1800"]
+        options = [
+            "-m",
+            "conformance",
+            "-o",
+            "junit_family=xunit1",
+            "-p",
+            "no:cacheprovider",
+            "--basetemp",
+            f"{scratch}/runs",
+            "--timeout=1800",
+        ]
         command = [sys.executable, "-m", "pytest", *selected, *options, f"--junitxml={report}"]
         code = subprocess.run([*command, "-v", "--tb=short"], cwd=ROOT, check=False).returncode
         rows = rows_of(report) if report.is_file() else []
