@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import importlib
+import re
 import shlex
 import traceback
 from collections.abc import Mapping, Sequence
@@ -114,9 +116,18 @@ def _execute(path: Path) -> Any:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = cause.lineno if isinstance(cause, SyntaxError) else frames[-1].lineno if frames else 1
         what = cause.msg if isinstance(cause, SyntaxError) else cause
-        raise RecipeError(f"recipe {path}, line {line}: {type(cause).__name__}: {one_line(what)}") from error
+        message = f"recipe {path}, line {line}: {type(cause).__name__}: {one_line(what)}{_valid_parts(cause)}"
+        raise RecipeError(message) from error
     finally:
         builtins.__import__ = original_import  # LazyConfig leaves its own in place when the file raises
+
+
+def _valid_parts(error: BaseException) -> str:
+    """What a misspelt detector, backbone or other part of ``pipeline.recipe_parts`` may be; empty for other errors."""
+    unknown = re.match(r"cannot import name '(\w+)'", str(error))
+    if not isinstance(error, ImportError) or error.name != "pipeline.recipe_parts" or unknown is None:
+        return ""
+    return suggestion(unknown[1], importlib.import_module("pipeline.recipe_parts").__all__)
 
 
 def _check_sections(path: Path, config: Any) -> None:

@@ -238,6 +238,19 @@ def test_an_error_in_the_file_is_named_with_its_line_and_leaves_python_as_it_was
     assert builtins.__import__ is original
 
 
+def test_an_unknown_detector_or_backbone_lists_those_that_exist(path: Path) -> None:
+    path.write_text("from pipeline.recipe_parts import resnet, retinanett\n")
+    message = _refused(path)
+    assert "line 1: ImportError: cannot import name 'retinanett'" in message
+    assert "did you mean 'retinanet'?" in message
+    for part in ("atss", "faster_rcnn", "fcos", "mask_rcnn", "paper_fcos", "resnext101_32x8d", "swin_tiny"):
+        assert f" {part}," in message
+    path.write_text("from pipeline.recipe_parts import vgg\n")
+    assert "; there are " in _refused(path)
+    path.write_text("from math import vgg\n")
+    assert "retinanet" not in _refused(path)
+
+
 def test_missing_and_misspelt_sections_of_the_file_are_refused(path: Path) -> None:
     path.write_text(RECIPE.replace("\nbenchmark = L(Section)()", ""))
     assert "lacks the section benchmark" in _refused(path)
