@@ -12,40 +12,53 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from export.signature import Detections
 
+Segmentations = Mapping[int, Sequence[dict[str, Any]]]  # by image id, in COCO's run-length encoding
+
 _ROWS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
 
 
 def average_precision(
-    annotation_file: Path, detections: Mapping[int, Detections], category_ids: Sequence[int]
+    annotation_file: Path,
+    detections: Mapping[int, Detections],
+    category_ids: Sequence[int],
+    segmentations: Segmentations | None = None,
 ) -> dict[str, float]:
-    """COCO box AP over every image of the annotation file.
+    """COCO box AP over every image of the annotation file, and mask AP where there are masks.
 
     Args:
         annotation_file: COCO-format ground truth.
         detections: by image id, boxes in original image pixels. An image that is missing counts as one without
             detections, so a subset of images needs an annotation file of its own.
         category_ids: the data set's category id of each label.
+        segmentations: of each image, the masks of its detections, in their order.
 
     Returns:
-        ``AP, AP50, AP75, APs, APm, APl, AR100`` in percent; NaN where there is no ground truth of that size.
+        ``AP, AP50, AP75, APs, APm, APl, AR100`` in percent; NaN where there is no ground truth of that size. With
+        ``segmentations`` also ``segm_AP`` and so on, of the masks.
     """
-    stats = _evaluated(annotation_file, detections, category_ids).stats
-    return {name: _percent(stats[row]) for name, row in _ROWS.items()}
+    results = coco_results(detections, category_ids, segmentations)
+    stats = _evaluated(annotation_file, results, category_ids, "bbox").stats
+    scores = {name: _percent(stats[row]) for name, row in _ROWS.items()}
+    if segmentations is not None:
+        stats = _evaluated(annotation_file, results, category_ids, "segm").stats
+        scores |= {f"segm_{name}": _percent(stats[row]) for name, row in _ROWS.items()}
+    return scores
 
 
 def per_class_average_precision(
     annotation_file: Path, detections: Mapping[int, Detections], category_ids: Sequence[int]
 ) -> dict[int, float]:
     """COCO box AP of each category id in percent; NaN where a class has no ground truth."""
-    evaluator = _evaluated(annotation_file, detections, category_ids)
+    evaluator = _evaluated(annotation_file, coco_results(detections, category_ids), category_ids, "bbox")
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # (T, P, K), all areas, 100 detections
     result = {}
     for index, category_id in enumerate(evaluator.params.catIds):
@@ -55,9 +68,11 @@ def per_class_average_precision(
     return result
 
 
-def coco_results(detections: Mapping[int, Detections], category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Detections as COCO's list of results, boxes as (x, y, width, height)."""
-    return [
+def coco_results(
+    detections: Mapping[int, Detections], category_ids: Sequence[int], segmentations: Segmentations | None = None
+) -> list[dict[str, Any]]:
+    """Detections as COCO's list of results, boxes as (x, y, width, height), with ``segmentation`` where it is given."""
+    results = [
         {
             "image_id": image_id,
             "category_id": int(category_ids[label]),
@@ -69,15 +84,28 @@ def coco_results(detections: Mapping[int, Detections], category_ids: Sequence[in
             found.boxes.astype(np.float64).tolist(), found.scores.tolist(), found.labels.tolist(), strict=True
         )
     ]
+    if segmentations is not None:
+        masks = [mask for image_id in detections for mask in segmentations[image_id]]
+        for result, mask in zip(results, masks, strict=True):
+            result["segmentation"] = mask
+    return results
 
 
-def _evaluated(annotation_file: Path, detections: Mapping[int, Detections], category_ids: Sequence[int]) -> COCOeval:
+def compressed_mask(mask: np.ndarray) -> dict[str, Any]:
+    """An (H, W) bool mask as COCO's compressed run-length encoding, which JSON can hold."""
+    encoded = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(edge) for edge in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def _evaluated(
+    annotation_file: Path, results: list[dict[str, Any]], category_ids: Sequence[int], task: Literal["bbox", "segm"]
+) -> COCOeval:
     truth = COCO()
     truth.dataset = json.loads(annotation_file.read_text())
     for annotation in truth.dataset["annotations"]:
         annotation.setdefault("iscrowd", 0)  # optional in the format, required by pycocotools
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-    unknown = set(detections) - {image["id"] for image in truth.dataset["images"]}
+    unknown = {result["image_id"] for result in results} - {image["id"] for image in truth.dataset["images"]}
     if unknown:
         raise ValueError(
             f"average precision: {len(unknown)} images with detections are not in {annotation_file}, "
@@ -85,12 +113,18 @@ def _evaluated(annotation_file: Path, detections: Mapping[int, Detections], cate
         )
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth.createIndex()
-        evaluator = COCOeval(truth, _loaded(truth, coco_results(detections, category_ids)), "bbox")
+        evaluator = COCOeval(truth, _loaded(truth, _judged_by(results, task)), task)
         evaluator.params.catIds = sorted(category_ids)
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
     return evaluator
+
+
+def _judged_by(results: list[dict[str, Any]], task: Literal["bbox", "segm"]) -> list[dict[str, Any]]:
+    """Copies, as pycocotools adds to them, with either the box or the mask, from which it takes the area."""
+    geometry = {"bbox": "bbox", "segm": "segmentation"}[task]
+    return [{key: result[key] for key in ("image_id", "category_id", "score", geometry)} for result in results]
 
 
 def _loaded(truth: COCO, results: list[dict[str, Any]]) -> COCO:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,25 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.average_precision import average_precision, coco_results, per_class_average_precision
+from export.average_precision import (
+    Segmentations,
+    average_precision,
+    coco_results,
+    compressed_mask,
+    per_class_average_precision,
+)
 from export.parity import MatchResult, ParityConfig, combined, match_detections
 from export.runners import Runner
 from export.signature import Detections, DetectorSignature
 from pipeline.artifact import digest
 from pipeline.stage import Gate, StageContext
 from pipeline.training_stages import STUDENT_CHECKPOINT
+from serving.mask_pasting import masks_in_image
 from serving.preprocessing import Placement, canvas_from_image, detections_in_image, read_image
 from training.dataset import CocoDataset, detectron2_dicts
 from training.dataset_metrics import dataset_metrics
 from training.evaluate import RESULTS_FILE, evaluate_detector
+from training.mask_annotations import has_mask_head
 
 REFERENCE = "detectron2"
 ON_CANVAS = "torch, fixed canvas"
@@ -84,50 +92,74 @@ class AccuracyTable:
             max_edge_pixels=self._signature.max_edge_pixels,
             output_directory=scratch,
         )
-        by_image = detections_by_image(scratch / RESULTS_FILE, self._dataset)
-        self._add_row(REFERENCE, by_image, self._context.inputs["strip"].path(STUDENT_CHECKPOINT), None)
+        file = scratch / RESULTS_FILE
+        by_image = detections_by_image(file, self._dataset)
+        masks = segmentations_by_image(file) if has_mask_head(student) else None
+        self._add_row(REFERENCE, by_image, masks, self._context.inputs["strip"].path(STUDENT_CHECKPOINT), None)
 
     def add(
         self,
         name: str,
         found: Iterable[Detections],
         model: Path,
-        compared_with: float | None = None,
+        compared_with: Mapping[str, Any] | None = None,
         limit: float | None = None,
     ) -> None:
         """Add the row of what a runner found on ``canvases()``, in their order and in canvas pixels.
 
-        With ``limit``, gate the row's AP against ``compared_with``.
+        With ``limit``, gate the row's AP, of boxes and of masks, against that of the row ``compared_with``.
         """
         image_ids = [record["image_id"] for record in detectron2_dicts(self._dataset)]
         in_images = {
             image_id: detections_in_image(detections, self._placements[image_id])
             for image_id, detections in zip(image_ids, found, strict=True)
         }
-        self._add_row(name, in_images, model, compared_with)
+        self._add_row(name, in_images, self._segmentations(in_images), model, compared_with)
         if limit is None or compared_with is None:
             return
-        difference = self.rows[-1]["AP"] - compared_with
-        passed = abs(difference) <= limit
-        self.rows[-1]["status"] = "passed" if passed else "failed"
-        self.gates.append(
-            Gate(
-                name=f"AP of {name} against torch on the same canvas",
-                value=difference,
-                limit=limit,
-                passed=passed,
-                reason=f"AP {self.rows[-1]['AP']:.2f} against {compared_with:.2f}{self._worst_classes(name)}",
+        row = self.rows[-1]
+        for key, words in (("AP", "AP"), ("segm_AP", "mask AP")):
+            if key not in row:
+                continue
+            difference = row[key] - compared_with[key]
+            passed = abs(difference) <= limit
+            row["status"] = "passed" if passed and row["status"] == "passed" else "failed"
+            worst = self._worst_classes(name) if key == "AP" else ""
+            self.gates.append(
+                Gate(
+                    name=f"{words} of {name} against torch on the same canvas",
+                    value=difference,
+                    limit=limit,
+                    passed=passed,
+                    reason=f"{words} {row[key]:.2f} against {compared_with[key]:.2f}{worst}",
+                )
             )
-        )
+
+    def _segmentations(self, in_images: Mapping[int, Detections]) -> Segmentations | None:
+        """The masks drawn into their images; None for a detector of boxes alone."""
+        if self._signature.mask_size is None:
+            return None
+        return {
+            image_id: [compressed_mask(mask) for mask in masks_in_image(found, place.image_height, place.image_width)]
+            for image_id, found in in_images.items()
+            for place in [self._placements[image_id]]
+        }
 
     def add_not_run(self, name: str, reason: str, model_digest: str = "") -> None:
         row = {"name": name, "status": "not run", "reason": reason, "digest": model_digest}
         self.rows.append({**row, "command": self._context.command})
 
-    def _add_row(self, name: str, found: dict[int, Detections], model: Path, compared_with: float | None) -> None:
+    def _add_row(
+        self,
+        name: str,
+        found: dict[int, Detections],
+        masks: Segmentations | None,
+        model: Path,
+        compared_with: Mapping[str, Any] | None,
+    ) -> None:
         ids, file = self._signature.category_ids, self._dataset.annotation_file
-        results = coco_results(found, ids)
-        scores = {**average_precision(file, found, ids), **dataset_metrics(self._dataset, results)}
+        results = coco_results(found, ids, masks)
+        scores = {**average_precision(file, found, ids, masks), **dataset_metrics(self._dataset, results)}
         self._per_class[name] = per_class_average_precision(file, found, ids)
         (self._context.directory / detections_file(name)).write_text(json.dumps(results))
         if self._reference_ap is None:
@@ -141,7 +173,7 @@ class AccuracyTable:
                 "size_bytes": model.stat().st_size,
                 **scores,
                 "delta": scores["AP"] - self._reference_ap,
-                "delta_to_torch": None if compared_with is None else scores["AP"] - compared_with,
+                "delta_to_torch": None if compared_with is None else scores["AP"] - compared_with["AP"],
                 "command": self._context.command,
             }
         )
@@ -157,6 +189,7 @@ class AccuracyTable:
                 min_iou=limits.min_iou,
                 max_box_error_pixels=limits.max_box_error_pixels,
                 max_score_error=limits.max_score_error,
+                max_mask_error=limits.max_mask_error,
             )
             for canvas in self.canvases(limits.num_matching_images)
         )
@@ -190,12 +223,27 @@ def detections_file(row: str) -> str:
 @torch.inference_mode()
 def detectron2_on_canvas(student: nn.Module, canvas: np.ndarray) -> Detections:
     """detectron2's own inference on a (3, H, W) uint8 canvas."""
-    found = student([{"image": torch.from_numpy(canvas)}])[0]["instances"].to("cpu")
+    inputs, masks = [{"image": torch.from_numpy(canvas)}], None
+    if has_mask_head(student):
+        found = student.inference(inputs, do_postprocess=False)[0].to("cpu")  # which would draw the masks
+        found = found[found.pred_boxes.nonempty()]
+        masks = found.pred_masks[:, 0].numpy()
+    else:
+        found = student(inputs)[0]["instances"].to("cpu")
     return Detections(
         boxes=found.pred_boxes.tensor.numpy(),
         scores=found.scores.numpy(),
         labels=found.pred_classes.numpy().astype(np.int32),
+        masks=masks,
     )
+
+
+def segmentations_by_image(results_file: Path) -> Segmentations:
+    """The masks in COCO's results format, in the order of :func:`detections_by_image`."""
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for record in json.loads(results_file.read_text()):
+        by_image.setdefault(record["image_id"], []).append(record["segmentation"])
+    return by_image
 
 
 def detections_by_image(results_file: Path, dataset: CocoDataset) -> dict[int, Detections]:

@@ -12,8 +12,9 @@ from rich.table import Table
 
 from export.signature import Detections
 from pipeline.errors import RecipeError
-from pipeline.report.gallery import PANEL_EDGE_PIXELS, captions_of, draw_boxes
+from pipeline.report.gallery import PANEL_EDGE_PIXELS, captions_of, draw_boxes, draw_masks
 from serving.client import TritonRunner, detect_images, served_models
+from serving.mask_pasting import masks_in_image, run_lengths
 from serving.preprocessing import read_image
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -78,19 +79,24 @@ def _draw(path: Path, found: Detections, names: tuple[str, ...], target: Path) -
             f"--draw {target}: cannot create the folder ({error.strerror}); give another place"
         ) from error
     picture = Image.fromarray(read_image(path))
+    if found.masks is not None:
+        picture = draw_masks(picture, masks_in_image(found, picture.height, picture.width), found.labels)
     captions = captions_of(found.labels, found.scores, names)
     scale = max(1.0, PANEL_EDGE_PIXELS / max(picture.size))  # captions are unreadable on smaller pictures
     draw_boxes(picture, found.boxes, found.labels, captions, scale=scale).save(target)
 
 
 def _record(path: Path, found: Detections, names: tuple[str, ...]) -> dict[str, object]:
-    return {
-        "image": str(path),
-        "detections": [
-            {"class": names[label], "score": round(float(score), 4), "box": [round(float(edge), 2) for edge in box]}
-            for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True)
-        ],
-    }
+    """What ``--json`` prints: a mask is COCO's run-length encoding of the pixels in the image."""
+    entries: list[dict[str, object]] = [
+        {"class": names[label], "score": round(float(score), 4), "box": [round(float(edge), 2) for edge in box]}
+        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True)
+    ]
+    if found.masks is not None:
+        height, width = read_image(path).shape[:2]
+        for entry, mask in zip(entries, masks_in_image(found, height, width), strict=True):
+            entry["mask"] = run_lengths(mask)
+    return {"image": str(path), "detections": entries}
 
 
 def _table(path: Path, found: Detections, names: tuple[str, ...]) -> Table:

@@ -20,13 +20,15 @@ CONCURRENCY = 8
 NUM_GOLDEN_IMAGES = 20
 
 
-def prove(context: StageContext, table: AccuracyTable, url: str, model_file: Path, on_canvas: float) -> dict[str, Any]:
+def prove(
+    context: StageContext, table: AccuracyTable, url: str, model_file: Path, on_canvas: dict[str, Any]
+) -> dict[str, Any]:
     """Add the endpoint's rows and gates to ``table``; the rest of what was found is returned.
 
     Args:
         url: host:port of the gRPC endpoint.
         model_file: what is served, for the rows' digest.
-        on_canvas: AP of torch on the same canvas, which the rows' AP is held against.
+        on_canvas: row of torch on the same canvas, which the rows' AP is held against.
     """
     config: ServingConfig = context.recipe.sections["serving"]
     limits = context.recipe.sections["parity"]

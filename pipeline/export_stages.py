@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx.numpy_helper
@@ -142,7 +143,7 @@ def _validated(context: StageContext) -> StageResult:
             detections_of(torch_runner, table.canvases()),
             context.inputs["strip"].path(STUDENT_CHECKPOINT),
         )
-    on_canvas = table.rows[-1]["AP"]
+    on_canvas = table.rows[-1]
     with OnnxRuntimeRunner(onnx_model, signature) as runner:
         found = detections_of(runner, table.canvases())
         table.add("ONNX Runtime", found, onnx_model, on_canvas, limits.max_ap_drop_onnxruntime)
@@ -171,7 +172,7 @@ def _validated(context: StageContext) -> StageResult:
 
 
 def _add_tensorrt(
-    table: AccuracyTable, context: StageContext, signature: DetectorSignature, on_canvas: float, limit: float
+    table: AccuracyTable, context: StageContext, signature: DetectorSignature, on_canvas: dict[str, Any], limit: float
 ) -> None:
     built = context.inputs["engine"]
     if built.manifest.facts["status"] != "built":

@@ -85,7 +85,7 @@ def deploy(context: StageContext) -> StageResult:
         facts["rows"] = table.rows
     else:
         previous = None if previous is None or previous.version == version else previous
-        facts |= _proven_or_rolled_back(context, table, model_file, rows[ON_CANVAS]["AP"], previous)
+        facts |= _proven_or_rolled_back(context, table, model_file, rows[ON_CANVAS], previous)
     facts["config_digest"] = config_digest(repository, config.model_name)
     (context.directory / DEPLOYMENT_FILE).write_text(json.dumps(facts, indent=1))
     return StageResult(facts=facts, gates=table.gates)
@@ -141,7 +141,11 @@ def _described(config: ServingConfig, repository: Path, version: int) -> dict[st
 
 
 def _proven_or_rolled_back(
-    context: StageContext, table: AccuracyTable, model_file: Path, on_canvas: float, previous: ServedVersion | None
+    context: StageContext,
+    table: AccuracyTable,
+    model_file: Path,
+    on_canvas: dict[str, Any],
+    previous: ServedVersion | None,
 ) -> dict[str, Any]:
     """The facts of the proof; where it fails or cannot end, ``previous`` is what is served afterwards."""
     config: ServingConfig = context.recipe.sections["serving"]

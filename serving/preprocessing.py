@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from export.signature import Detections, DetectorSignature
+from serving.mask_pasting import cropped_mask
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Largest image that is decoded: 512 MiB as RGB, and PIL's own hard limit."""
@@ -156,10 +157,17 @@ def detections_in_image(detections: Detections, placement: Placement) -> Detecti
     """Map detections from canvas pixels to the original image as detectron2's ``detector_postprocess`` does.
 
     Returns:
-        Boxes scaled in float32, clipped to the image, those without area dropped.
+        Boxes scaled in float32, clipped to the image, those without area dropped. A mask stays the mask of its box:
+        where a box reached into the padding, its mask is cut off with it.
     """
     scale = np.array([placement.scale_x, placement.scale_y] * 2, np.float32)
     limit = np.array([placement.image_width, placement.image_height] * 2, np.float32)
-    boxes = np.clip(detections.boxes.astype(np.float32, copy=False) * scale, np.float32(0), limit)
+    scaled = detections.boxes.astype(np.float32, copy=False) * scale
+    boxes = np.clip(scaled, np.float32(0), limit)
     keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return dataclasses.replace(detections, boxes=boxes).where(keep)
+    masks = detections.masks
+    if masks is not None:
+        masks = masks.copy()
+        for i in np.flatnonzero(keep & (boxes != scaled).any(axis=1)).tolist():
+            masks[i] = cropped_mask(masks[i], scaled[i], boxes[i])
+    return dataclasses.replace(detections, boxes=boxes, masks=masks).where(keep)

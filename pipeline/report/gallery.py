@@ -6,7 +6,7 @@ import base64
 import colorsys
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from export.signature import Detections
 SCORE_FLOOR = 0.3  # the score from which batch invariance is judged too: what a person would call "detected"
 PANEL_EDGE_PIXELS = 480  # enlarges small images so that labels stay readable, and keeps 10 images under 2 MB
 FONT_PIXELS = 14
+MASK_OPACITY = 0.5
 JPEG_QUALITY = 82
 
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the picture drawn on
@@ -89,6 +90,14 @@ def captions_of(labels: np.ndarray, scores: np.ndarray | None, class_names: Sequ
     return names if scores is None else [f"{name} {score:.2f}" for name, score in zip(names, scores, strict=True)]
 
 
+def draw_masks(picture: Image.Image, masks: Iterable[np.ndarray], labels: np.ndarray) -> Image.Image:
+    """A copy of ``picture`` with the pixels of masks, (H, W) bool, tinted in the colours of their classes."""
+    pixels = np.asarray(picture).astype(np.float32)
+    for mask, label in zip(masks, labels, strict=True):
+        pixels[mask] += MASK_OPACITY * (np.array(colour_of(int(label)), np.float32) - pixels[mask])
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
 def draw_boxes(
     picture: Image.Image, boxes: np.ndarray, labels: np.ndarray, captions: Sequence[str], *, scale: float = 1.0
 ) -> Image.Image:
@@ -103,10 +112,10 @@ def draw_boxes(
         left, top, right, bottom = edges[index]
         # PIL refuses a rectangle whose right edge is left of its left edge; a box thinner than a pixel is still drawn.
         corners = (left, top, max(left, right), max(top, bottom))
-        draw.rectangle(corners, outline=_colour(int(labels[index])), width=2)
+        draw.rectangle(corners, outline=colour_of(int(labels[index])), width=2)
     taken: list[Rectangle] = []
     for index in order:
-        taken.append(_draw_caption(draw, edges[index], captions[index], _colour(int(labels[index])), taken))
+        taken.append(_draw_caption(draw, edges[index], captions[index], colour_of(int(labels[index])), taken))
     return canvas
 
 
@@ -142,7 +151,7 @@ def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _colour(label: int) -> tuple[int, int, int]:
+def colour_of(label: int) -> tuple[int, int, int]:
     """A bright colour a class; neighbouring labels are far apart in hue, and black text reads on all of them."""
     red, green, blue = colorsys.hsv_to_rgb((label * 0.61803398875 + 0.13) % 1.0, 0.55, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
