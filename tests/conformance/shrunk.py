@@ -17,6 +17,7 @@ def shrink(recipe: Recipe) -> None:
     """Change the recipe's model in place."""
     model = recipe.model
     pyramid = model.backbone
+    pyramid.in_features = ["res2", "res3", "res4", "res5"][-len(pyramid.in_features) :]
     pyramid.bottom_up = resnet(18, out_features=tuple(pyramid.in_features))
     pyramid.out_channels = CHANNELS
     if "in_channels" in pyramid.top_block:
