@@ -14,18 +14,35 @@ from torch import nn
 
 from training.config import TrainingConfig
 from training.dataset import CocoDataset
+from training.distilled_detector import DistilledDetector
 from training.evaluate import evaluate_detector
+from training.teacher_evaluation import evaluate_teacher, has_teacher
 
 logger = logging.getLogger(__name__)
 
 
 class RunHook(HookBase):
-    """Measures AP at the asked fractions of training, and the run's time, through interruptions."""
+    """Measures AP at the asked fractions of training, and the run's time, through interruptions.
 
-    def __init__(self, config: TrainingConfig, student: nn.Module, dataset: CocoDataset, directory: Path) -> None:
-        self._config, self._student, self._dataset, self._directory = config, student, dataset, directory
+    Args:
+        shipped: the student that the checkpoints hold.
+        detector: the student that trains with its distiller; where that makes features from labels, their AP is
+            measured too.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        shipped: nn.Module,
+        detector: DistilledDetector,
+        dataset: CocoDataset,
+        directory: Path,
+    ) -> None:
+        self._config, self._shipped, self._detector = config, shipped, detector
+        self._dataset, self._directory = dataset, directory
         self._at = {round(fraction * config.max_iter): fraction for fraction in config.evaluate_at}
         self.ap_curve: list[dict[str, float]] = []
+        self.teacher_ap_curve: list[dict[str, float]] = []
         self.seconds = 0.0
         self.images_per_second = 0.0
         self.num_resumed = 0
@@ -52,26 +69,44 @@ class RunHook(HookBase):
         if iteration not in self._at:
             return
         if comm.is_main_process():
-            scores = evaluate_detector(
-                self._student,
-                self._dataset,
-                short_edge_pixels=max(self._config.short_edge_pixels),
-                max_edge_pixels=self._config.max_edge_pixels,
-                output_directory=self._directory / "evaluation",
-            )
+            at = {"iteration": iteration, "fraction": self._at[iteration]}
+            scores = evaluate_detector(self._shipped, self._dataset, **self._evaluation("evaluation"))
             get_event_storage().put_scalar("AP", scores["AP"], smoothing_hint=False)
-            self.ap_curve.append({"iteration": iteration, "fraction": self._at[iteration], **scores})
+            self.ap_curve.append({**at, **scores})
+            of_teacher = ""
+            if iteration and has_teacher(self._detector):
+                known = evaluate_teacher(self._detector, self._dataset, **self._evaluation("teacher_evaluation"))
+                get_event_storage().put_scalar("AP.tea", known["AP"], smoothing_hint=False)
+                self.teacher_ap_curve.append({**at, **known})
+                of_teacher = f"  AP through the teacher, labels given, {known['AP']:.1f}"
             logger.info(
-                "iteration %d of %d: AP %.1f  AP50 %.1f", iteration, self._config.max_iter, scores["AP"], scores["AP50"]
+                "iteration %d of %d: AP %.1f  AP50 %.1f%s",
+                iteration,
+                self._config.max_iter,
+                scores["AP"],
+                scores["AP50"],
+                of_teacher,
             )
         comm.synchronize()
 
+    def _evaluation(self, folder: str) -> dict[str, Any]:
+        return {
+            "short_edge_pixels": max(self._config.short_edge_pixels),
+            "max_edge_pixels": self._config.max_edge_pixels,
+            "output_directory": self._directory / folder,
+        }
+
     def state_dict(self) -> dict[str, Any]:
-        seconds = self.seconds + time.perf_counter() - self._started
-        return {"ap_curve": self.ap_curve, "seconds": seconds, "num_resumed": self.num_resumed}
+        return {
+            "ap_curve": self.ap_curve,
+            "teacher_ap_curve": self.teacher_ap_curve,
+            "seconds": self.seconds + time.perf_counter() - self._started,
+            "num_resumed": self.num_resumed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ap_curve = state_dict["ap_curve"]
+        self.teacher_ap_curve = state_dict["teacher_ap_curve"]
         self.seconds = state_dict["seconds"]
         self.num_resumed = state_dict["num_resumed"]
 

@@ -43,6 +43,7 @@ class TrainingResult:
         seconds: of all calls together, evaluation included.
         images_per_second: while training, of the last call.
         ap_curve: ``{"iteration", "fraction", "AP", "AP50", ...}`` in percent at each evaluation.
+        teacher_ap_curve: the same through the implicit teacher's features, labels given; empty without a teacher.
         num_parameters: of ``student`` and ``distiller``.
         num_resumed: how often the run went on from a checkpoint.
         num_processes: that trained together, at last.
@@ -53,6 +54,7 @@ class TrainingResult:
     images_per_second: float
     device: str
     ap_curve: list[dict[str, float]]
+    teacher_ap_curve: list[dict[str, float]]
     num_parameters: dict[str, int]
     num_resumed: int
     num_processes: int
@@ -112,6 +114,7 @@ def train(
         images_per_second=run.images_per_second,
         device=str(device),
         ap_curve=run.ap_curve,
+        teacher_ap_curve=run.teacher_ap_curve,
         num_parameters={
             "student": sum(p.numel() for p in detector.student.parameters()),
             "distiller": sum(p.numel() for p in detector.distiller.parameters()),
@@ -169,7 +172,7 @@ class _Loop:
         if config.compile:
             compile_student(student)
         optimizers = build_optimizers(detector, config)
-        self.run = RunHook(config, shipped, validation_set, directory)
+        self.run = RunHook(config, shipped, detector, validation_set, directory)
         self.trainer = Trainer(distributed(detector), optimizers, config, next(detector.parameters()).device)
         self.checkpointer = StudentCheckpointer(
             shipped, str(directory), distiller=detector.distiller, trainer=self.trainer, **trained_apart

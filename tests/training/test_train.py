@@ -132,3 +132,16 @@ def test_a_missing_initial_checkpoint_is_refused_by_its_path(tmp_path: Path, dat
 def test_values_out_of_range_are_refused_by_name(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(**change)
+
+
+def test_the_teachers_ap_is_measured_wherever_the_students_is_but_at_the_start(
+    tmp_path: Path, datasets: dict[str, CocoDataset]
+) -> None:
+    evaluated = config(evaluate_at=(0.0, 0.5, 1.0))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    result = run(tmp_path, datasets, evaluated)
+    assert [point["iteration"] for point in result.ap_curve] == [0, 2, 4]
+    assert [point["iteration"] for point in result.teacher_ap_curve] == [2, 4]
+    assert result.teacher_ap_curve[0].keys() == result.ap_curve[0].keys()
+    assert run(plain, datasets, evaluated, NoDistillerConfig()).teacher_ap_curve == []
