@@ -228,10 +228,11 @@ def _wait(device: torch.device) -> None:
 def _line(row: dict[str, Any]) -> str:
     seconds = row["seconds"]
     parts = "  ".join(f"{part} {value:.3f}" for part, value in row["part_seconds"].items())
+    plain, lgd = (row["peak_bytes"][key] / 1e9 for key in ("plain", "lgd"))
     return (
-        f"{row['detector']}: plain {seconds['plain']:.3f} s, LGD {seconds['lgd']:.3f} s, ratio {row['ratio']:.2f}, in "
-        f"the freeze window {row['ratio_in_freeze_window']:.2f}; peak memory {row['peak_bytes']['plain'] / 1e9:.2f} and "
-        f"{row['peak_bytes']['lgd'] / 1e9:.2f} GB, ratio {row['memory_ratio']:.2f}\n    by part: {parts}"
+        f"{row['detector']}: plain {seconds['plain']:.3f} s, LGD {seconds['lgd']:.3f} s, ratio {row['ratio']:.2f}, "
+        f"in the freeze window {row['ratio_in_freeze_window']:.2f}; peak memory {plain:.2f} and {lgd:.2f} GB, "
+        f"ratio {row['memory_ratio']:.2f}\n    by part: {parts}"
     )
 
 
