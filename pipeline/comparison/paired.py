@@ -7,6 +7,8 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from scipy import stats
+
 CONFIDENCE = 0.95
 
 
@@ -49,7 +51,8 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
         return None
     half = None
     if found.deviation is not None:
-        half = t_quantile((1 + CONFIDENCE) / 2, found.n - 1) * found.deviation / math.sqrt(found.n)
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, found.n - 1))
+        half = quantile * found.deviation / math.sqrt(found.n)
     return PairedDifference(
         mean=found.mean,
         deviation=found.deviation,
@@ -57,32 +60,3 @@ def paired_difference(values: Mapping[int, float], base: Mapping[int, float]) ->
         high=None if half is None else found.mean + half,
         n=found.n,
     )
-
-
-def t_quantile(probability: float, degrees_of_freedom: int) -> float:
-    """The ``probability`` quantile of Student's t distribution, for probabilities from 0.5 to below 1."""
-    if not 0.5 <= probability < 1 or degrees_of_freedom < 1:
-        raise ValueError(f"no t quantile for probability {probability} and {degrees_of_freedom} degrees of freedom")
-    low, high = 0.0, 1.0
-    while _t_probability(high, degrees_of_freedom) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_probability(middle, degrees_of_freedom) < probability else (low, middle)
-    return high
-
-
-def _t_probability(t: float, degrees_of_freedom: int) -> float:
-    """P(T <= t) for t >= 0: the finite series for whole degrees of freedom, Abramowitz and Stegun 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(degrees_of_freedom))
-    cosine = math.cos(angle)
-    odd = degrees_of_freedom % 2
-    term = cosine if odd else 1.0
-    total = term if degrees_of_freedom > 1 else 0.0
-    for k in range(2 + odd, degrees_of_freedom - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    within = math.sin(angle) * total
-    if odd:
-        within = 2 / math.pi * (angle + within)
-    return (1 + within) / 2

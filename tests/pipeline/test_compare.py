@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pipeline.artifact import Manifest, read_manifest
 from pipeline.compare import compare
-from pipeline.comparison.paired import paired_difference, summary, t_quantile
+from pipeline.comparison.paired import paired_difference, summary
 from pipeline.comparison.plan import Plan, make_plan, split_at_commas
 from pipeline.comparison.result import comparison_result
 from pipeline.comparison.table import columns, markdown, terminal_table
@@ -38,14 +38,6 @@ def plan_of(*arguments: str, num_seeds: int = 2, name: str | None = None) -> Pla
 
 
 # Statistics
-
-
-@pytest.mark.parametrize(
-    ("degrees", "tabulated"),
-    [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423), (100, 1.9840)],
-)
-def test_the_t_quantile_is_that_of_the_printed_tables(degrees: int, tabulated: float) -> None:
-    assert t_quantile(0.975, degrees) == pytest.approx(tabulated, abs=5e-5)
 
 
 def test_the_differences_are_paired_by_seed() -> None:
