@@ -93,7 +93,11 @@ def status(
 
     loaded = recipes.load(recipe, overrides or []) if recipe else None
     wanted = name or (loaded.name if loaded else None)
-    folders = [runs / wanted] if wanted else sorted(path for path in runs.glob("*") if path.is_dir())
+    folders = (
+        [runs / wanted]
+        if wanted
+        else sorted(path for path in runs.glob("*") if path.is_dir() and path.name != "compare")
+    )
     if not folders:
         console.print(f"no runs in {runs}; `python -m pipeline run embedded` makes one")
     for folder in folders:

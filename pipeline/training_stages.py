@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.artifact import Artifact
+from pipeline.baseline import distiller_name
 from pipeline.errors import RecipeError
 from pipeline.recipe import Recipe
 from pipeline.stage import Gate, StageContext, StageResult
@@ -97,8 +98,11 @@ def train(context: StageContext) -> StageResult:
     lines = (context.directory / METRICS_FILE).read_text().splitlines()
     loss = next((m["total_loss"] for m in map(json.loads, reversed(lines)) if "total_loss" in m), math.nan)
     gate = Gate(name="losses are finite", value=loss, limit=None, passed=math.isfinite(loss), reason="last total loss")
-    distiller_name = recipe.section_json("distiller")["_target_"].rsplit(".", 1)[-1].removesuffix("Config").lower()
-    facts = {**dataclasses.asdict(result), "distiller": distiller_name, "launch": recipe.launch}
+    facts = {
+        **dataclasses.asdict(result),
+        "distiller": distiller_name(recipe.section_json("distiller")),
+        "launch": recipe.launch,
+    }
     return StageResult(facts=facts, gates=[gate])
 
 
