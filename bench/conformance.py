@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,12 @@ def main() -> None:
     print(f"{num_conforming} of {len(rows)} recipes conform")
     if arguments.write:
         only = f" --only {' '.join(arguments.only)}" if arguments.only else ""
-        result = {"num_conforming": num_conforming, "num_recipes": len(rows), "rows": rows}
+        result = {
+            "num_conforming": num_conforming,
+            "num_recipes": len(rows),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+            "rows": rows,
+        }
         print(f"written to {write_result('conformance_recipes', result, f'python bench/conformance.py{only} --write')}")
     raise SystemExit(code)
 
