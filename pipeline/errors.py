@@ -18,7 +18,7 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.distillers.lgd.objects.LgdInputError       2   the recipe, labels or pyramid do not fit the distiller
     training.embedded_sources.EmbeddedSourceMissing     4   a package that the embedded data set needs is missing
     training.detection_losses.UnsupportedStudent        2   the detector has no losses on given features
-    training.loader.TrainingInputError                  2   what training starts from is missing
+    training.loader.TrainingInputError                  2   the data set leaves nothing to train on
     training.divergence.LossNotFinite                   3   training diverged
     training.train.StudentUnsuited                      2   the student's pyramid cannot be distilled
     training.launch.LaunchError                         2   the processes do not fit the batch or the machine

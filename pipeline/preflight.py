@@ -12,6 +12,7 @@ from pipeline.recipe import Recipe
 from training.acceleration import check_compiler, check_precision
 from training.config import TrainingConfig
 from training.evaluate import resolve_device
+from training.initial_weights import check_initial_weights
 from training.launch import check_launch, check_processes, parse_launch
 from training.schedule import DistillationSchedule
 from training.student import build_student
@@ -29,6 +30,7 @@ def preflight(recipe: Recipe) -> None:
         UnsupportedStudent, StudentUnsuited, LgdInputError, UnsupportedDetector: distiller or export do not fit the
             student.
         LaunchError: the processes do not fit the batch or the machine.
+        WeightsUnusable: the initial checkpoint is missing or belongs to another architecture.
         DeviceUnavailable, CompilerMissing, TrackerMissing: the machine lacks what the training section asks for.
         ServerError: this machine lacks something that the server needs.
     """
@@ -37,6 +39,8 @@ def preflight(recipe: Recipe) -> None:
     check_machine(config, recipe.launch)
     student = _built(recipe).eval()
     distilled_detector(student, recipe.sections["distiller"])
+    if config.init_checkpoint is not None:
+        check_initial_weights(student, config.init_checkpoint)
     export = recipe.sections["export"]
     signature = signature_of(
         student,

@@ -26,7 +26,7 @@ _ORDER, _AUGMENTATION, _STEP = range(3)  # what a random number is for, so that 
 
 
 class TrainingInputError(ValueError):
-    """What training starts from is missing or does not fit."""
+    """The data set leaves nothing to train on."""
 
     exit_code = 2
 

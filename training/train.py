@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -22,8 +21,9 @@ from training.dataset import CocoDataset
 from training.detection_losses import distilled_levels
 from training.distilled_detector import DistillationHook, DistilledDetector
 from training.evaluate import resolve_device
+from training.initial_weights import load_initial_weights
 from training.launch import check_processes, distributed
-from training.loader import TrainingInputError, training_loader
+from training.loader import training_loader
 from training.mask_annotations import check_masks
 from training.optimization import LearningRateHook, build_optimizers
 from training.progress import ProgressWriter, RunHook
@@ -88,7 +88,8 @@ def train(
         DeviceUnavailable: the recipe asks for a GPU that is not there, or for a precision that the device lacks.
         CompilerMissing, TrackerMissing: the recipe asks for what is not installed.
         LaunchError: the batch cannot be shared out to the processes.
-        TrainingInputError: nothing is left to train on, or the initial checkpoint is missing.
+        TrainingInputError: nothing is left to train on.
+        WeightsUnusable: the initial checkpoint is missing or belongs to another architecture.
         DatasetError: the student draws masks and an annotation has none.
     """
     seed_all_rng(config.seed + comm.get_rank())
@@ -164,7 +165,8 @@ class _Loop:
     ) -> None:
         self._config, self._directory = config, directory
         student = detector.student
-        _load_initial(student, config, directory)
+        if config.init_checkpoint is not None and not (directory / "last_checkpoint").exists():
+            load_initial_weights(student, config.init_checkpoint)
         average = None if config.ema_decay is None else AverageHook(student, config.ema_decay)
         shipped = student if average is None else average.averaged
         trained_apart = {} if average is None else {"student_without_average": student}
@@ -197,16 +199,3 @@ class _Loop:
             )
             self.trainer.register_hooks([hooks.PeriodicWriter(written, period=config.log_period_iters), periodic])
         return start
-
-
-def _load_initial(student: nn.Module, config: TrainingConfig, directory: Path) -> None:
-    """Start from ``training.init_checkpoint``, unless the run goes on from a checkpoint of its own."""
-    path = config.init_checkpoint
-    loader = DetectionCheckpointer(student, str(directory))
-    if path is None or loader.has_checkpoint():
-        return
-    if "://" not in path and not Path(path).is_file():
-        raise TrainingInputError(
-            f"training.init_checkpoint={path}: there is no such file; check the path, or leave it out"
-        )
-    loader.load(path, checkpointables=[])

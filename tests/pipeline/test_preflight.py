@@ -1,16 +1,36 @@
+"""Bad input is refused in the first seconds of a run, by a message that says what to do."""
+
 from __future__ import annotations
 
+import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from detectron2.config import LazyCall as L
+from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
 
 from export.detector_graph import UnsupportedDetector
 from pipeline import recipe as recipes
 from pipeline.errors import RecipeError
-from pipeline.preflight import preflight
+from pipeline.preflight import NUM_CLASSES, preflight
+from pipeline.recipe import Recipe
+from training.backbones.timm_backbone import UnsupportedBackbone
+from training.backbones.weight_file import WeightsUnusable
+from training.detection_losses import UnsupportedStudent
 from training.distillers.lgd.objects import LgdInputError
+from training.evaluate import DeviceUnavailable
+from training.launch import LaunchError
+from training.student import build_student
+from training.tracking import TrackerMissing
+from training.train import StudentUnsuited, distilled_detector
 
 TINY = Path(__file__).with_name("tiny_recipe.py")
+
+
+def launched(command: str, *overrides: str) -> Recipe:
+    return dataclasses.replace(recipes.load(TINY, overrides), launch=command)
 
 
 @pytest.mark.parametrize(
@@ -18,9 +38,14 @@ TINY = Path(__file__).with_name("tiny_recipe.py")
     [
         (["training.max_iter=1"], RecipeError, r"distiller\.distill_from_iter is 1 and training\.max_iter is 1"),
         (["distiller=lgd"], RecipeError, r"distiller\.distill_from_iter is 30000"),
+        (["distiller.distill_until_iter=1"], RecipeError, r"distill_until_iter is 1 .* nothing would be distilled"),
         (["distiller.num_heads=5"], LgdInputError, r"does not divide the 32 channels"),
         (["export.canvas=[100,128]"], UnsupportedDetector, r"nearest that is: 128 x 128"),
         (["export.canvas=[64,64]"], UnsupportedDetector, r"do not fit a canvas of 64 x 64"),
+        (["model.backbone.bottom_up.name=mobilenet_v2"], UnsupportedBackbone, r"mobilenetv2_"),
+        (["model.head_in_features=[p2,p3]"], StudentUnsuited, r"backbone has no p2, only p3, p4, p5, p6, p7"),
+        (["training.accumulate_batches=2", "training.images_per_batch=3"], RecipeError, r"multiple of"),
+        (["training.init_checkpoint=/nowhere/a.pth"], WeightsUnusable, r"/nowhere/a\.pth"),
     ],
 )
 def test_what_would_fail_after_the_training_fails_before_it(
@@ -33,3 +58,72 @@ def test_what_would_fail_after_the_training_fails_before_it(
 def test_a_recipe_whose_parts_fit_passes() -> None:
     preflight(recipes.load(TINY))
     preflight(recipes.load(TINY, ["distiller=none"]))
+    preflight(launched("torchrun --nproc-per-node=2", "training.device=cpu"))
+
+
+def test_an_unknown_distiller_lists_those_that_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"unknown distiller 'lgdd', did you mean 'lgd'\? There are lgd, none"):
+        recipes.load(TINY, ["distiller=lgdd"])
+
+
+def test_a_detector_without_known_losses_is_refused() -> None:
+    student = SemanticSegmentor(
+        backbone=build_student(recipes.load(TINY).model, NUM_CLASSES).backbone,
+        sem_seg_head=torch.nn.Identity(), pixel_mean=[0.0] * 3, pixel_std=[1.0] * 3,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedStudent, match=r"no pyramid known for SemanticSegmentor; supported: .*DenseDetector"):
+        distilled_detector(student, recipes.load(TINY).sections["distiller"])
+
+
+def test_a_pyramid_whose_levels_differ_in_channels_is_refused() -> None:
+    recipe = recipes.load(TINY)
+    student = build_student(recipe.model, NUM_CLASSES)
+    student.backbone = student.backbone.bottom_up
+    student.head_in_features = ["res3", "res4", "res5"]
+    with pytest.raises(StudentUnsuited, match=r"differ in channels: res3 has \d+, res4 has \d+, .*put an FPN between"):
+        distilled_detector(student, recipe.sections["distiller"])
+
+
+def test_a_model_that_cannot_be_built_is_told_with_the_recipe(tmp_path: Path) -> None:
+    recipe = recipes.load(TINY)
+    broken = dataclasses.replace(recipe, model=L(GeneralizedRCNN)(backbone={}, roi_heads={"num_classes": 80}))
+    with pytest.raises(RecipeError, match=r"tiny_recipe\.py: its model cannot be built: TypeError: .*missing"):
+        preflight(broken)
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    state = build_student(recipes.load(TINY).model, NUM_CLASSES).state_dict()
+    key = "backbone.fpn_output3.weight"
+    torch.save({"model": {**state, key: state[key][:16]}}, tmp_path / "narrow.pth")
+    with pytest.raises(WeightsUnusable, match=r"fpn_output3\.weight has shape \(16, .*expected \(32, "):
+        preflight(recipes.load(TINY, [f"training.init_checkpoint={tmp_path / 'narrow.pth'}"]))
+    torch.save({"model": state}, tmp_path / "fits.pth")
+    preflight(recipes.load(TINY, [f"training.init_checkpoint={tmp_path / 'fits.pth'}"]))
+
+
+@pytest.mark.parametrize(
+    ("command", "overrides", "message"),
+    [
+        ("torchrun --nproc-per-node=3", [], r"images_per_batch is 2, .*3 processes"),
+        ("torchrun --nproc-per-node=2", ["training.accumulate_batches=2"], r"2 processes x 2 parts"),
+        ("python train.py", [], r"does not call torchrun"),
+    ],
+)
+def test_a_launch_that_does_not_fit_the_batch_is_refused(command: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(LaunchError, match=message):
+        preflight(launched(command, "training.device=cpu", *overrides))
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(LaunchError, match=r"starts 2 processes and this machine has 1 GPU;"):
+        preflight(launched("torchrun --nproc-per-node=2"))
+
+
+def test_what_this_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceUnavailable, match=r"training\.precision=fp16 needs a GPU"):
+        preflight(recipes.load(TINY, ["training.precision=fp16", "training.device=cpu"]))
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    with pytest.raises(TrackerMissing, match=r"mlflow_experiment=e, but the package mlflow cannot be imported"):
+        preflight(recipes.load(TINY, ["training.mlflow_experiment=e"]))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import build_tiny_retinanet
 
+from training.backbones.weight_file import WeightsUnusable
 from training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
 from training.config import TrainingConfig
 from training.dataset import CocoDataset, read_coco
@@ -14,7 +15,6 @@ from training.distillers import LgdConfig, NoDistillerConfig
 from training.divergence import LossNotFinite
 from training.embedded_dataset import generate
 from training.evaluate import DeviceUnavailable
-from training.loader import TrainingInputError
 from training.tracking import METRICS_FILE
 from training.train import TrainingResult, train
 
@@ -114,7 +114,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_training(tmp_path: Path, data
 
 
 def test_a_missing_initial_checkpoint_is_refused_by_its_path(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
-    with pytest.raises(TrainingInputError, match=r"training.init_checkpoint=/nowhere\.pth"):
+    with pytest.raises(WeightsUnusable, match=r"/nowhere\.pth"):
         run(tmp_path, datasets, config(init_checkpoint="/nowhere.pth"))
 
 
