@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.average_precision import average_precision, per_class_average_precision
+from export.average_precision import average_precision, compressed_mask, per_class_average_precision
 from export.signature import Detections
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "data" / "coco_eval_golden"
@@ -112,3 +112,51 @@ def test_it_equals_the_coco_apis_published_result_for_its_example() -> None:
     ]  # fmt: skip
     per_class = per_class_average_precision(truth, found, category_ids)
     assert np.nanmean(list(per_class.values())) == pytest.approx(ap["AP"])
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="the COCO API's own example results are not beside this checkout")
+def test_mask_ap_equals_the_coco_apis_published_result_for_its_example() -> None:
+    truth = GOLDEN / "instances_val2014_100.json"
+    category_ids = sorted(category["id"] for category in json.loads(truth.read_text())["categories"])
+    by_image: dict[int, list[dict[str, Any]]] = {}
+    for result in json.loads((GOLDEN / "instances_val2014_fakesegm100_results.json").read_text()):
+        by_image.setdefault(result["image_id"], []).append(result)
+    found = {
+        image_id: Detections(
+            boxes=np.zeros((len(results), 4)),  # mask AP asks the masks alone
+            scores=np.array([result["score"] for result in results]),
+            labels=np.array([category_ids.index(result["category_id"]) for result in results]),
+        )
+        for image_id, results in by_image.items()
+    }
+    masks = {image_id: [result["segmentation"] for result in results] for image_id, results in by_image.items()}
+    ap = average_precision(truth, found, category_ids, masks)
+    assert ap["segm_AP"] / 100 == pytest.approx(0.3195, abs=5e-4)
+
+
+def test_mask_ap_judges_pixels_and_box_ap_boxes(truth: Path, tmp_path: Path) -> None:
+    content = json.loads(truth.read_text())
+    for entry in content["annotations"]:
+        x, y, width, height = entry["bbox"]
+        entry["segmentation"] = [[x, y, x + width, y, x, y + height]]
+        entry["area"] = width * height / 2
+    with_masks = tmp_path / "with_masks.json"
+    with_masks.write_text(json.dumps(content))
+
+    def drawn(fraction: float) -> dict[int, list[dict[str, Any]]]:
+        rows, columns = np.mgrid[:200, :200] + 0.5
+        return {
+            image_id: [
+                compressed_mask((columns >= x1) & (rows >= y1) & (columns - x1 + rows - y1 <= fraction * (x2 - x1)))
+                for x1, y1, x2, y2 in found.boxes
+            ]
+            for image_id, found in PERFECT.items()
+        }
+
+    exact = average_precision(with_masks, PERFECT, CATEGORY_IDS, drawn(1.0))
+    assert exact["segm_AP50"] == exact["segm_AP75"] == exact["AP"] == pytest.approx(100)
+    loose = average_precision(with_masks, PERFECT, CATEGORY_IDS, drawn(0.8))  # IoU 0.64
+    assert loose["AP"] == pytest.approx(100)
+    assert loose["segm_AP50"] == pytest.approx(100)
+    assert loose["segm_AP75"] == pytest.approx(0)
+    assert "segm_AP" not in average_precision(with_masks, PERFECT, CATEGORY_IDS)

@@ -17,6 +17,7 @@ from serving.model_config import (
     VersionPolicy,
     model_config_for,
 )
+from tests.serving.pixel_means import make_signature
 
 
 def full_config(signature: DetectorSignature) -> ModelConfig:
@@ -74,6 +75,19 @@ def test_the_config_of_each_backend_states_the_signature(signature: DetectorSign
     assert message.dynamic_batching.default_queue_policy.timeout_action == proto.ModelQueuePolicy.REJECT
     expected_file = {"python": "model.py", "onnxruntime": "model.onnx", "tensorrt": "model.plan"}[backend]
     assert message.default_model_filename == expected_file
+
+
+def test_masks_are_one_more_output() -> None:
+    signature = make_signature(mask_size=28)
+    config = model_config_for(signature, name="d", backend="python")
+    message = text_format.Parse(config.to_pbtxt(), proto.ModelConfig())
+    masks = message.output[-1]
+    assert (masks.name, masks.data_type, list(masks.dims)) == (
+        "masks",
+        proto.TYPE_FP32,
+        [signature.max_detections, 28, 28],
+    )
+    assert len(message.output) == 5
 
 
 def test_a_client_finds_signature_and_provenance_in_the_parameters(signature: DetectorSignature) -> None:
