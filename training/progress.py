@@ -120,8 +120,8 @@ class ProgressWriter(EventWriter):
     def write(self) -> None:
         storage = get_event_storage()
         histories = storage.histories()
-        # detectron2 writes once more after the last iteration.
-        if "time" not in histories or storage.iter >= self._config.max_iter:
+        # detectron2 writes once more after the last iteration, and when a training ends before losses were ever read.
+        if not {"time", "total_loss"} <= set(histories) or storage.iter >= self._config.max_iter:
             return
         seconds = histories["time"].median(self._config.log_period_iters)
         left = int(seconds * (self._config.max_iter - storage.iter - 1))

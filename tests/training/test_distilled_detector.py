@@ -12,11 +12,18 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from pipeline import recipe_parts
 from training.detection_losses import loss_normalizer
-from training.distilled_detector import DistillationHook, DistilledDetector, bottom_up
+from training.distilled_detector import (
+    DistillationHook,
+    DistilledDetector,
+    bottom_up,
+    without_bottom_up_gradient,
+)
 from training.distillers import LgdConfig, NoDistillerConfig
 from training.launch import distributed
 from training.schedule import DistillationSchedule
+from training.student import build_student
 from training.train import distilled_detector
 
 LGD = LgdConfig(distill_from_iter=1, freeze_backbone_until_iter=1, num_heads=4)
@@ -103,6 +110,57 @@ def test_the_frozen_window_leaves_weights_and_optimizer_state_of_the_bottom_up_n
         untouched = not any(optimizer.state[value] for value in frozen.values() if value in optimizer.state)
         assert (unchanged, untouched) == ((True, True) if iteration == 0 else (False, False))
     assert not torch.equal(pyramid, tiny_retinanet.backbone.fpn_output3.weight)
+
+
+def with_batch_norm() -> nn.Module:
+    """A tiny RetinaNet whose network below the pyramid gathers batch statistics."""
+    tree = recipe_parts.retinanet(
+        recipe_parts.timm_backbone("mobilenetv2_035", weights=None), channels=32, num_head_convs=1
+    )
+    return build_student(tree, 5, seed=0)
+
+
+def test_freezing_changes_no_loss_no_statistic_and_no_gradient_but_the_bottom_up_networks() -> None:
+    grads, losses, statistics = [], [], []
+    for frozen in (False, True):
+        distiller = LgdConfig(distill_from_iter=0, freeze_backbone_until_iter=int(frozen), num_heads=4)
+        torch.manual_seed(0)
+        module = distilled_detector(with_batch_norm(), distiller).train()
+        found = losses_of(module, batch())
+        sum(found.values()).backward()
+        losses.append({name: value.item() for name, value in found.items()})
+        grads.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+        statistics.append({k: v for k, v in module.student.state_dict().items() if "running_" in k})
+    assert losses[0] == losses[1]
+    below = {name for name in grads[0] if name.startswith("student.backbone.bottom_up.")}
+    assert below
+    assert set(grads[1]) == set(grads[0]) - below
+    for name, grad in grads[1].items():
+        torch.testing.assert_close(grad, grads[0][name])
+    fresh = with_batch_norm().state_dict()
+    assert any(not torch.equal(value, fresh[key]) for key, value in statistics[0].items())
+    assert all(torch.equal(value, statistics[1][key]) for key, value in statistics[0].items())
+
+
+def test_a_frozen_network_records_no_gradient_and_is_itself_again_afterwards(tiny_retinanet: nn.Module) -> None:
+    recorded: list[bool] = []
+    network = bottom_up(tiny_retinanet)
+    network.register_forward_hook(lambda _m, _i, out: recorded.append(out["res5"].requires_grad))
+    keys = list(tiny_retinanet.state_dict())
+    module = distilled_detector(tiny_retinanet, LGD).train()
+    for module.iteration in (0, 1):
+        losses_of(module, batch())
+    assert recorded == [False, True]
+    assert tiny_retinanet.backbone.bottom_up is network
+    assert list(tiny_retinanet.state_dict()) == keys
+
+
+def test_a_backbone_without_a_pyramid_is_frozen_whole(tiny_retinanet: nn.Module) -> None:
+    tiny_retinanet.backbone = tiny_retinanet.backbone.bottom_up
+    tiny_retinanet.train()
+    with without_bottom_up_gradient(tiny_retinanet):
+        assert not tiny_retinanet.backbone(torch.zeros(1, 3, 64, 64))["res5"].requires_grad
+    assert tiny_retinanet.backbone(torch.zeros(1, 3, 64, 64))["res5"].requires_grad
 
 
 def test_the_loss_normalizer_travels_with_the_checkpoint(tiny_retinanet: nn.Module) -> None:
