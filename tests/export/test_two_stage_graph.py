@@ -13,6 +13,7 @@ from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
 from torch import nn
 
+from export import roi_pooling
 from export.detector_graph import UnsupportedDetector, detector_graph
 from export.parity import MatchResult, batch_invariance, combined, match_detections
 from export.roi_pooling import PyramidPooling, in_chunks, maps_of
@@ -57,7 +58,10 @@ def exported_rcnn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     signature = signature_for(detector, 128, 192)
     graph = detector_graph(detector, signature)
     path = tmp_path_factory.mktemp("exported") / "model.onnx"
-    export_onnx(graph, signature, path)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not request.param:  # as many chunks of proposals as a wide detector has
+            monkeypatch.setattr(roi_pooling, "CHUNK_ELEMENTS", 2**18)
+        export_onnx(graph, signature, path)
     return ExportedRcnn(detector, signature, graph, path)
 
 
