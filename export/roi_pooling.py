@@ -5,7 +5,8 @@ and one along x. So the pooled region is ``Wy @ F @ Wx.T`` with weights that dep
 detectron2 computes, its number of samples that grows with the box included, in operators that every target has.
 
 Why not the operator: TensorRT-RTX has RoiAlign as a plugin only, which asks for a CUDA driver to be created, so that no
-engine could be built on a machine without a GPU. The products cost P * H * W * C multiplications a box and level.
+engine could be built on a machine without a GPU. The products cost P * H * W * C multiplications a box and level:
+measured on a CPU core, eagerly, five times the operator's time for 1,000 boxes, 256 channels and a 256 x 256 canvas.
 
 Boxes go through in chunks, so that the products' intermediate result stays small; what pools also runs the head.
 
