@@ -192,7 +192,7 @@ class _Loop:
             start = self.trainer.iter + 1
             self.run.num_resumed += 1
             logger.info("going on from iteration %d of %d", start, config.max_iter)
-        if comm.is_main_process():
+        if comm.is_main_process() and start < config.max_iter:
             written = [*writers(config, self._directory, start), ProgressWriter(config)]
             periodic = hooks.PeriodicCheckpointer(
                 self.checkpointer, config.checkpoint_period_iters, config.max_iter, max_to_keep=2
