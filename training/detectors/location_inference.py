@@ -34,25 +34,20 @@ def location_inference(
     Deviation: the LGD paper's code takes at most as many candidates as a level has cells; here as many as asked for, as
     everywhere in detectron2. On a level of few cells one cell may give several classes.
     """
-    level_points = grid.points.split(grid.num_per_level)
-    level_strides = grid.strides.split(grid.num_per_level)
+    points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
     results = []
     for index, image_size in enumerate(image_sizes):
-        boxes, scores, labels = (
-            torch.cat(parts)
-            for parts in zip(
-                *(
-                    _level_candidates(*values, score_threshold, topk_candidates)
-                    for values in zip(
-                        *([level[index].float() for level in levels] for levels in predictions),
-                        level_points,
-                        level_strides,
-                        strict=True,
-                    )
-                ),
-                strict=True,
+        levels = [
+            _level_candidates(
+                *(values[index].float() for values in predicted),
+                points=points[level],
+                strides=strides[level],
+                score_threshold=score_threshold,
+                topk_candidates=topk_candidates,
             )
-        )
+            for level, predicted in enumerate(zip(*predictions, strict=True))
+        ]
+        boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
         keep = batched_nms(boxes, scores, labels, nms_threshold)[:max_detections]
         results.append(
             Instances(image_size, pred_boxes=Boxes(boxes[keep]), scores=scores[keep], pred_classes=labels[keep])
@@ -64,6 +59,7 @@ def _level_candidates(
     logits: Tensor,
     distances: Tensor,
     centerness: Tensor,
+    *,
     points: Tensor,
     strides: Tensor,
     score_threshold: float,
