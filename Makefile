@@ -69,7 +69,7 @@ detect: $(INSTALLED) ## Send IMAGES="a.jpg b.jpg" to the server that `make serve
 test: $(INSTALLED) lint ## Run the linters, the type checker and the test suite.
 	@$(BIN)/python -m pytest $(ARGS)
 
-conformance: $(INSTALLED) ## Train, strip and load every recipe at its full size; ten minutes or more.
+conformance: $(INSTALLED) ## Train, strip and load every recipe at its full size: about 12 minutes on two cores.
 	@$(BIN)/python bench/conformance.py $(ARGS)
 
 lint: $(INSTALLED) ## Run the linters and the type checker alone.

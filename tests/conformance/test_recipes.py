@@ -1,6 +1,6 @@
 """Every recipe trains, strips, and leaves a student that loads where nothing of this project's distillers is.
 
-``make conformance`` runs each recipe at its full size of model (about ten minutes and 8 GB on two cores); ``make test``
+``make conformance`` runs each recipe at its full size of model (about twelve minutes and 6 GB on two cores); ``make test``
 runs one of each detector, data set and distiller on a smaller network.
 """
 
