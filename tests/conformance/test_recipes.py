@@ -1,7 +1,7 @@
 """Every recipe trains, strips, and leaves a student that loads where nothing of this project's distillers is.
 
-``make conformance`` runs each recipe at its full size of model (about twelve minutes and 6 GB on two cores); ``make test``
-runs one of each detector, data set and distiller on a smaller network.
+``make conformance`` runs each recipe at its full size of model (about twelve minutes and 6 GB on two cores).
+``make test`` runs one of each detector and data set, and a baseline, on a smaller network.
 """
 
 from __future__ import annotations
