@@ -144,7 +144,8 @@ def _placed(student: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], li
         fitted = fitted_weights(bottom_up.body, weights.original, weights.path, bottom_up.name)
         prefix = _bottom_up_prefix(student) + "body."
         return {prefix + key: value for key, value in fitted.items()}, []
-    placed, used = {}, {}
+    placed: dict[str, Tensor] = {}
+    used: dict[str, str] = {}
     for key in target:
         parts = key.split(".")
         name = next((n for i in range(len(parts)) if (n := ".".join(parts[i:])) in weights.tensors), None)

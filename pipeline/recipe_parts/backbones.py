@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from detectron2.config import LazyCall as L
-from detectron2.modeling.backbone import BasicStem, ResNet, SwinTransformer
+from detectron2.modeling.backbone import BasicStem, ResNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 
 from training.backbones.deformable import DeformableBottleneckBlock
+from training.backbones.swin import Swin
 from training.backbones.timm_backbone import TimmBackbone
 
 
@@ -116,13 +117,13 @@ def _bottleneck_stages(
 
 
 def swin_tiny(*, out_features: tuple[str, ...] = SWIN_STAGES, drop_path_rate: float = 0.2, freeze_at: int = -1) -> Any:
-    """Liu et al., "Swin Transformer", ICCV 2021, the tiny one, as detectron2 builds it, as a lazy call.
+    """Liu et al., "Swin Transformer", ICCV 2021, the tiny one, under detectron2's names, as a lazy call.
 
     Args:
         out_features: of ``p0`` to ``p3``, with strides 4 to 32 and 96 to 768 channels.
-        freeze_at: detectron2's ``frozen_stages``: -1 trains everything.
+        freeze_at: -1 trains everything, 0 freezes the patch embedding, i + 1 the first i stages too.
     """
-    return L(SwinTransformer)(
+    return L(Swin)(
         embed_dim=96,
         depths=[2, 2, 6, 2],
         num_heads=[3, 6, 12, 24],

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone import SwinTransformer
 from detectron2.modeling.backbone import resnet as detectron2_resnet
 from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.structures import Boxes, Instances
@@ -29,6 +30,7 @@ from pipeline.recipe_parts import (
     timm_backbone,
 )
 from training.backbones.deformable import DeformableBottleneckBlock
+from training.backbones.swin import Swin
 
 
 def bilinear(plane: Tensor, y: float, x: float) -> float:
@@ -218,6 +220,45 @@ def test_swin_drops_paths_in_training_only() -> None:
         assert not torch.equal(network(images)["p3"], network(images)["p3"])
         network.eval()
         assert torch.equal(network(images)["p3"], network(images)["p3"])
+
+
+def small_swin(frozen_stages: int = -1) -> Swin:
+    """Two stages, with attention biases that differ from cell to cell as trained ones do."""
+    torch.manual_seed(0)
+    network = Swin(embed_dim=12, depths=(2, 2), num_heads=(1, 2), out_indices=(0, 1), frozen_stages=frozen_stages)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("bias_table", "bias")):
+            nn.init.normal_(parameter)
+    return network
+
+
+@pytest.mark.parametrize("size", [(96, 160), (56, 56), (20, 40), (70, 101)])
+def test_swin_computes_what_detectron2s_own_computes(size: tuple[int, int]) -> None:
+    ours = small_swin().eval()
+    stock = SwinTransformer(embed_dim=12, depths=(2, 2), num_heads=(1, 2), out_indices=(0, 1)).eval()
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    assert list(stock.state_dict()) == list(ours.state_dict())
+    images = torch.randn(2, 3, *size)
+    for network in (ours, stock):
+        sum(value.square().sum() for value in network(images).values()).backward()
+    with torch.no_grad():
+        found, expected = ours(images), stock(images)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    for (name, parameter), theirs in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, theirs.grad, rtol=1e-3, atol=1e-3, msg=name)
+
+
+def test_frozen_stages_of_swin_neither_train_nor_drop_paths() -> None:
+    network = small_swin(frozen_stages=2).train()
+    assert network.training
+    assert not network.patch_embed.training
+    assert not any(module.training for module in network.layers[0].modules())
+    assert all(module.training for module in network.layers[1].modules())
+    frozen = {
+        name.split(".")[0] + "." + name.split(".")[1] for name, p in network.named_parameters() if not p.requires_grad
+    }
+    assert frozen == {"patch_embed.proj", "patch_embed.norm", "layers.0"}
 
 
 TRAINED = {

@@ -72,7 +72,7 @@ class DeformableBottleneckBlock(BottleneckBlock):
             norm=norm,
             stride_in_1x1=stride_in_1x1,
         )
-        plain = self.conv2
+        plain = self.get_submodule("conv2")
         geometry = {"kernel_size": 3, "stride": plain.stride, "padding": plain.padding}
         self.conv2_offset = Conv2d(bottleneck_channels, 3 * NUM_TAPS, **geometry)
         nn.init.zeros_(self.conv2_offset.weight)

@@ -89,7 +89,8 @@ class _NumpyUnpickler(pickle.Unpickler):
 def _torch_content(path: Path) -> Any:
     """``torch.load`` without code, numpy's scalars allowed: old training codes keep their metrics as such."""
     dtypes = [type(np.dtype(name)) for name in ("float16", "float32", "float64", "int32", "int64", "uint8", "bool")]
-    arrays = [np.core.multiarray._reconstruct, np.core.multiarray.scalar, np.ndarray, np.dtype]
+    multiarray: Any = importlib.import_module("numpy.core.multiarray")
+    arrays = [multiarray._reconstruct, multiarray.scalar, np.ndarray, np.dtype]
     with torch.serialization.safe_globals([*arrays, *dtypes]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
