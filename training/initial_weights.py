@@ -137,9 +137,9 @@ def _placed(student: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], li
     target = student.state_dict()
     bottom_up = _bottom_up(student)
     if weights.has_detector_names:
-        placed = {key: value for key, value in weights.tensors.items() if key in target}
         known = {name for name, _ in student.named_buffers()}  # those that checkpoints no longer hold, too
-        return placed, [key for key in weights.tensors if key not in target and key not in known]
+        unused = [key for key in weights.tensors if key not in target and key not in known]
+        return {key: value for key, value in weights.tensors.items() if key in target}, unused
     if isinstance(bottom_up, TimmBackbone):
         fitted = fitted_weights(bottom_up.body, weights.original, weights.path, bottom_up.name)
         prefix = _bottom_up_prefix(student) + "body."
