@@ -30,7 +30,11 @@ def check_precision(config: TrainingConfig, device: torch.device) -> None:
         raise DeviceUnavailable(
             "training.precision=fp16 needs a GPU and training runs on the CPU; use training.precision=fp32 or bf16"
         )
-    if config.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        config.precision == "bf16"
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise DeviceUnavailable(
             f"training.precision=bf16, which {torch.cuda.get_device_name(device)} does not compute with; use "
             "training.precision=fp16 or fp32"
