@@ -4,6 +4,8 @@ Dollar et al., "Pedestrian Detection: An Evaluation of the State of the Art", PA
 2018. The matching and the curve are those of CrowdHuman's evaluation code: IoU above 0.5, a person is found once, and a
 detection that finds none is left out when more than half of its own area lies in one ignore region.
 
+Boxes are x, y, width, height in image pixels.
+
 Shape legend: D detections and P persons of one image, R its ignore regions; N detections of all images that count.
 """
 
@@ -13,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 # 10^-2 to 10^0 in nine equal steps of the logarithm, rounded as CrowdHuman's code has them.
 FALSE_POSITIVES_PER_IMAGE = (0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0)
 MIN_IOU = 0.5
 _MIN_MISS_RATE = 1e-10  # as in Dollar's code, so that the logarithm exists
-_MIN_AREA = 1e-9
 
 
 def crowdhuman_metrics(document: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -44,7 +46,7 @@ def crowdhuman_metrics(document: Mapping[str, Any], results: Sequence[Mapping[st
         found = by_image.get(image["id"])
         if not found:
             continue
-        boxes = _clipped_corners([each["bbox"] for each in found], image["width"], image["height"])
+        boxes = _clipped(_array([each["bbox"] for each in found]), image["width"], image["height"])
         confidences = np.array([each["score"] for each in found], np.float64)
         order = np.argsort(-confidences, kind="stable")
         status = match(boxes[order], persons[image["id"]], ignored[image["id"]])
@@ -81,22 +83,21 @@ def match(detections: np.ndarray, persons: np.ndarray, ignored: np.ndarray) -> n
     """What each detection of one image is: 1 finds a person, 0 is wrong, -1 lies in an ignore region.
 
     Args:
-        detections: (D, 4) xyxy in falling order of score; each takes the person it overlaps most of those left.
-        persons: (P, 4) xyxy.
-        ignored: (R, 4) xyxy.
+        detections: (D, 4) in falling order of score; each takes the person it overlaps most of those left.
+        persons: (P, 4).
+        ignored: (R, 4).
 
     Returns:
         (D,)
     """
-    area = np.prod(detections[:, 2:] - detections[:, :2], axis=1)
-    shared = _intersections(detections, persons)
-    person_area = np.prod(persons[:, 2:] - persons[:, :2], axis=1)
-    iou = shared / np.maximum(area[:, None] + person_area[None] - shared, _MIN_AREA)
-    covered = _intersections(detections, ignored) / np.maximum(area[:, None], _MIN_AREA)
-    status = np.where(covered.max(axis=1, initial=0.0) > MIN_IOU, -1, 0)
+    status = np.zeros(len(detections), np.int64)
+    if len(ignored):  # as crowd regions: the shared area over the detection's own
+        covered = coco_mask.iou(detections, ignored, [True] * len(ignored))
+        status[covered.max(axis=1) > MIN_IOU] = -1
+    if not len(persons):
+        return status
+    iou = coco_mask.iou(detections, persons, [False] * len(persons))
     for index in range(len(detections)):
-        if not len(persons):
-            break
         best = iou[index].argmax()
         if iou[index, best] > MIN_IOU:
             status[index] = 1
@@ -104,30 +105,22 @@ def match(detections: np.ndarray, persons: np.ndarray, ignored: np.ndarray) -> n
     return status
 
 
-def _intersections(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Shared area of (D, 4) with (n, 4); (D, n)."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
-    return np.prod(np.maximum(high - low, 0.0), axis=2)
-
-
 def _boxes_by_image(document: Mapping[str, Any]) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
-    """Persons and ignore regions of each image, (n, 4) xyxy."""
+    """Persons and ignore regions of each image, (n, 4)."""
     split: tuple[dict[int, list[Any]], ...] = ({}, {})
     for image in document["images"]:
         for part in split:
             part[image["id"]] = []
     for each in document["annotations"]:
         split[int(bool(each["iscrowd"]))][each["image_id"]].append(each["bbox"])
-    persons, ignored = ({image_id: _corners(boxes) for image_id, boxes in part.items()} for part in split)
+    persons, ignored = ({image_id: _array(boxes) for image_id, boxes in part.items()} for part in split)
     return persons, ignored
 
 
-def _corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    corners = np.array(boxes, np.float64).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    return corners
+def _array(boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    return np.array(boxes, np.float64).reshape(-1, 4)
 
 
-def _clipped_corners(boxes: Sequence[Sequence[float]], width: int, height: int) -> np.ndarray:
-    return np.clip(_corners(boxes), 0, [width, height, width, height])
+def _clipped(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    low, high = (np.clip(corner, 0, [width, height]) for corner in (boxes[:, :2], boxes[:, :2] + boxes[:, 2:]))
+    return np.concatenate([low, high - low], axis=1)

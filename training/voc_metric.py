@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
 _RECALLS = np.arange(0.0, 1.1, 0.1)
@@ -87,18 +88,11 @@ def _best_matches(
     overlaps, matched = np.full(len(in_order), -np.inf), np.zeros(len(in_order), np.int64)
     for image_id in boxes.keys() & positions.keys():
         at = positions[image_id]
-        found = _overlaps(np.array([in_order[position]["bbox"] for position in at], np.float64), boxes[image_id])
+        own = np.array([in_order[position]["bbox"] for position in at], np.float64)
+        found = coco_mask.iou(own, boxes[image_id], [False] * len(boxes[image_id]))
         overlaps[at] = found.max(axis=1)
         matched[at] = offsets[image_id] + found.argmax(axis=1)
     return overlaps, matched, np.array(is_difficult, bool)
-
-
-def _overlaps(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """IoU of boxes (n, 4), x, y, width, height, with others (m, 4); (n, m)."""
-    low = np.maximum(boxes[:, None, :2], others[None, :, :2])
-    high = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], (others[:, :2] + others[:, 2:])[None])
-    intersection = np.prod(np.maximum(high - low, 0.0), axis=2)
-    return intersection / (np.prod(boxes[:, None, 2:], axis=2) + np.prod(others[None, :, 2:], axis=2) - intersection)
 
 
 def _curve(
