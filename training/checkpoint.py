@@ -10,6 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
+from training.backbones.weight_file import first_names
 from training.divergence import diverged, names_not_finite
 
 FINAL_CHECKPOINT = "model_final.pth"
@@ -44,10 +45,7 @@ class StudentCheckpointer(DetectionCheckpointer):
         data |= kwargs
         not_finite = names_not_finite(data)
         if not_finite:
-            more = f" and {len(not_finite) - 3} more" if len(not_finite) > 3 else ""
-            raise diverged(
-                f"after iteration {kwargs.get('iteration', '?')} {', '.join(not_finite[:3])}{more} are not finite"
-            )
+            raise diverged(f"after iteration {kwargs.get('iteration', '?')} {first_names(not_finite)} are not finite")
         directory = Path(self.save_dir)
         write_atomically(data, directory / f"{name}.pth")
         self.tag_last_checkpoint(f"{name}.pth")

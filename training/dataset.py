@@ -137,12 +137,17 @@ def dataset_digest(dataset: CocoDataset, *, include_pixels: bool = False) -> str
     """SHA-256 (hex) of the annotation file's bytes and of each image's name and size, or bytes on request."""
     annotation_bytes = dataset.annotation_file.read_bytes()
     digest = hashlib.sha256(annotation_bytes)
-    for file_name in sorted(image["file_name"] for image in json.loads(annotation_bytes)["images"]):
-        path = dataset.image_dir / file_name
+    add_images(digest, dataset.image_dir, json.loads(annotation_bytes), include_pixels=include_pixels)
+    return digest.hexdigest()
+
+
+def add_images(digest: hashlib._Hash, image_dir: Path, document: Mapping[str, Any], *, include_pixels: bool) -> None:
+    """Feed a COCO document's image files to a digest: each one's name and size, and its bytes on request."""
+    for file_name in sorted(image["file_name"] for image in document["images"]):
+        path = image_dir / file_name
         digest.update(f"\n{file_name} {path.stat().st_size}".encode())
         if include_pixels:
             digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def detectron2_dicts(dataset: CocoDataset) -> list[dict[str, Any]]:

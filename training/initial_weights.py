@@ -18,7 +18,8 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from training.backbones.timm_backbone import TimmBackbone, fitted_weights
-from training.backbones.weight_file import WeightsUnusable
+from training.backbones.weight_file import WeightsUnusable, first_names
+from training.distilled_detector import bottom_up
 from training.head_classes import checkpoint_class_count, class_count, class_dependent
 from training.weight_formats import Weights, read_weights
 
@@ -76,7 +77,8 @@ def _plan(student: nn.Module, source: str) -> _Plan:
     if not placed:
         raise WeightsUnusable(
             f"training.init_checkpoint={source}: none of its {len(weights.tensors)} tensors (of kind {weights.kind}; "
-            f"{_some(weights.original)}) belongs to the student ({_some(target)}); use weights of this architecture"
+            f"{first_names(weights.original)}) belongs to the student ({first_names(target)}); use weights of this "
+            "architecture"
             + (REFERENCE_HINT if any(key.startswith("student.") for key in weights.original) else "")
         )
     left_out = class_dependent(student, placed)
@@ -93,7 +95,7 @@ def _plan(student: nn.Module, source: str) -> _Plan:
     if absent:
         folded = all(key.endswith(_STATISTICS) for key in absent)
         raise WeightsUnusable(
-            f"training.init_checkpoint={source} lacks {len(absent)} of the backbone's tensors: {_some(absent)}. "
+            f"training.init_checkpoint={source} lacks {len(absent)} of the backbone's tensors: {first_names(absent)}. "
             + (
                 "Its norms are folded into scales: use norm='FrozenBN'"
                 if folded
@@ -108,7 +110,7 @@ def _plan(student: nn.Module, source: str) -> _Plan:
         )
     random = [key for key in missing if not key.endswith(_DERIVED + _STATISTICS)]
     if random:
-        notes.append(f"not in the checkpoint, left at their initialisation: {_some(random, 8)}")
+        notes.append(f"not in the checkpoint, left at their initialisation: {first_names(random, 8)}")
     return _Plan(
         tensors={key: value for key, value in placed.items() if key not in left_out},
         notes=tuple(notes),
@@ -135,13 +137,13 @@ def _placed(student: nn.Module, weights: Weights) -> tuple[dict[str, Tensor], li
     such name first, as detectron2's own matching does.
     """
     target = student.state_dict()
-    bottom_up = _bottom_up(student)
+    network = bottom_up(student)
     if weights.has_detector_names:
         known = {name for name, _ in student.named_buffers()}  # those that checkpoints no longer hold, too
         unused = [key for key in weights.tensors if key not in target and key not in known]
         return {key: value for key, value in weights.tensors.items() if key in target}, unused
-    if isinstance(bottom_up, TimmBackbone):
-        fitted = fitted_weights(bottom_up.body, weights.original, weights.path, bottom_up.name)
+    if isinstance(network, TimmBackbone):
+        fitted = fitted_weights(network.body, weights.original, weights.path, network.name)
         prefix = _bottom_up_prefix(student) + "body."
         return {prefix + key: value for key, value in fitted.items()}, []
     placed: dict[str, Tensor] = {}
@@ -202,27 +204,18 @@ def _warnings(student: nn.Module, weights: Weights, unused: list[str]) -> Iterab
         theirs = weights.tensors.get(name)
         if theirs is not None and not torch.allclose(theirs.flatten().float(), getattr(student, name).flatten()):
             yield f"{weights.path} was trained with {name} {theirs.flatten().tolist()}, and {recipe}. Set model.{name}"
-    block = next(iter(getattr(_bottom_up(student), "res3", ())), None)
+    block = next(iter(getattr(bottom_up(student), "res3", ())), None)
     if weights.kind == "torchvision" and isinstance(block, BottleneckBlock) and max(block.conv1.stride) > 1:
         yield (
             f"{weights.path} is of kind torchvision, whose blocks have their stride in the 3x3 convolution; the "
             "student has it in the first 1x1. Build the backbone with stride_in_1x1=False"
         )
     if unused:
-        yield f"{weights.path}: {len(unused)} tensors have no place in the student: {_some(unused)}"
-
-
-def _bottom_up(student: nn.Module) -> nn.Module:
-    return getattr(student.backbone, "bottom_up", student.backbone)
+        yield f"{weights.path}: {len(unused)} tensors have no place in the student: {first_names(unused)}"
 
 
 def _bottom_up_prefix(student: nn.Module) -> str:
     return "backbone.bottom_up." if hasattr(student.backbone, "bottom_up") else "backbone."
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
 
 
 __all__ = ["WeightsUnusable", "check_initial_weights", "load_initial_weights"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from training.coco_normalization import repaired_copy
-from training.dataset import CocoDataset, dataset_digest, described
+from training.dataset import CocoDataset, add_images, dataset_digest, described
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,7 @@ class OwnDataset:
             content = path.read_bytes()
             digest.update(f"{path.name} {len(content)}\n".encode())
             digest.update(content)
-        for file_name in sorted(image["file_name"] for image in self.document["images"]):
-            path = self.dataset.image_dir / file_name
-            digest.update(f"\n{file_name} {path.stat().st_size}".encode())
-            if include_pixels:
-                digest.update(path.read_bytes())
+        add_images(digest, self.dataset.image_dir, self.document, include_pixels=include_pixels)
         return digest.hexdigest()
 
     def usable(self, path: Path) -> CocoDataset:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training.backbones.weight_file import WeightsUnusable, read_weight_file, state_dict_of
+from training.backbones.weight_file import WeightsUnusable, first_names, read_weight_file, state_dict_of
 from training.checkpoint import write_atomically
 from training.head_classes import checkpoint_class_count, class_count
 
@@ -74,10 +74,10 @@ def student_from_reference(
     student = build(1)
     num_classes = checkpoint_class_count(student, named)
     if not num_classes:
+        parts = sorted({key.rpartition(".")[0] for key in named if not key.startswith("backbone.")})
         raise WeightsUnusable(
             f"{checkpoint}: no classifier of the recipe's detector ({type(student).__name__}) is in it, only "
-            f"{_some(sorted({key.rpartition('.')[0] for key in named if not key.startswith('backbone.')}))}. Give the "
-            "recipe of the detector that it was trained as"
+            f"{first_names(parts)}. Give the recipe of the detector that it was trained as"
         )
     if num_classes != class_count(student):
         student = build(num_classes)
@@ -101,7 +101,7 @@ def _stock_names(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, Ten
         hint = "; a detectron2 detector's goes into training.init_checkpoint" if "backbone." in "".join(state) else ""
         raise WeightsUnusable(
             f"{path} is no checkpoint of the LGD reference code: expected keys student.raw_backbone.*, found "
-            f"{_some(state)}{hint}"
+            f"{first_names(state)}{hint}"
         )
     named: dict[str, Tensor] = {}
     dropped: dict[str, dict[str, Tensor]] = {}
@@ -149,9 +149,9 @@ def _check_exact(student: nn.Module, kept: Mapping[str, Tensor], path: Path) -> 
     wrong = [key for key in kept if key in stock and kept[key].shape != stock[key].shape]
     problems = []
     if missing:
-        problems.append(f"lacks {_some(missing)}")
+        problems.append(f"lacks {first_names(missing)}")
     if unexpected:
-        problems.append(f"has {_some(unexpected)}, which the recipe's model has not")
+        problems.append(f"has {first_names(unexpected)}, which the recipe's model has not")
     problems += [f"{key} has shape {tuple(kept[key].shape)}, expected {tuple(stock[key].shape)}" for key in wrong[:3]]
     if problems:
         raise WeightsUnusable(
@@ -161,7 +161,9 @@ def _check_exact(student: nn.Module, kept: Mapping[str, Tensor], path: Path) -> 
         )
     broken = [key for key, value in kept.items() if value.is_floating_point() and not bool(value.isfinite().all())]
     if broken:
-        raise WeightsUnusable(f"{path}: {_some(broken)} holds NaN or infinity; the training that wrote it diverged")
+        raise WeightsUnusable(
+            f"{path}: {first_names(broken)} holds NaN or infinity; the training that wrote it diverged"
+        )
 
 
 def _groups(kept: Mapping[str, Tensor], order: Iterable[str]) -> tuple[TensorGroup, ...]:
@@ -181,8 +183,3 @@ def _group(part: str, tensors: Mapping[str, Tensor]) -> TensorGroup:
 
 def _values(tensor: Tensor) -> list[float]:
     return [round(value, 3) for value in tensor.flatten().tolist()[:12]]
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    listed = list(names)
-    return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

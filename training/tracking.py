@@ -51,7 +51,6 @@ def writers(config: TrainingConfig, directory: Path, start_iter: int) -> list[Ev
         TensorboardXWriter(str(directory / TENSORBOARD_FOLDER), purge_step=start_iter),
     ]
     if config.mlflow_experiment is not None:
-        check_tracker(config)
         found.append(MlflowWriter(config, directory))
     return found
 

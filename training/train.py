@@ -21,6 +21,7 @@ from training.dataset import CocoDataset
 from training.detection_losses import distilled_levels
 from training.distilled_detector import DistillationHook, DistilledDetector
 from training.evaluate import resolve_device
+from training.head_classes import class_count
 from training.initial_weights import load_initial_weights
 from training.launch import check_processes, distributed
 from training.loader import training_loader
@@ -147,14 +148,9 @@ def distilled_detector(student: nn.Module, distiller_config: Any) -> DistilledDe
             "and the head"
         )
     distiller = distiller_config.build(
-        channels=shapes[levels[0]].channels, num_classes=num_classes_of(student), level_names=levels
+        channels=shapes[levels[0]].channels, num_classes=class_count(student), level_names=levels
     )
     return DistilledDetector(student, distiller, distiller_config.schedule())
-
-
-def num_classes_of(student: nn.Module) -> int:
-    """Number of object classes of a stock detector."""
-    return student.num_classes if hasattr(student, "num_classes") else student.roi_heads.num_classes
 
 
 class _Loop:
