@@ -9,7 +9,6 @@ run's folder, which all nodes have to see; what came of it, result or error, com
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib
 import json
@@ -45,7 +44,6 @@ from training.train import TrainingResult
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ".launched-training"
 JOB_FILE, RESULT_FILE, ERROR_FILES = "job.json", "result.json", "error-{rank}.json"
-_PR_SET_PDEATHSIG = 1
 
 
 def launch_training(context: StageContext) -> TrainingResult:
@@ -120,7 +118,7 @@ def _raise_reported(folder: Path, launch: Launch, code: int) -> NoReturn:
 
 def main(job_file: Path) -> int:
     """One process of a launched training; returns its exit code."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # torchrun may be killed without a chance to end it
+    supervise.die_with_parent(signal.SIGKILL)  # torchrun may be killed without a chance to end it
     rank = int(os.environ["RANK"])
     _quiet(rank)
     job = json.loads(job_file.read_text())

@@ -1,12 +1,11 @@
 """Run the trainings of a comparison, each in a process of its own: its peak memory is its own, and so is its crash.
 
 A training's process leads its own session, so that Ctrl-C reaches it once, through :func:`train_in_process`. It also
-ends when the comparison is killed (``PR_SET_PDEATHSIG``).
+ends when the comparison is killed.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
@@ -27,12 +26,12 @@ from pipeline.recipe import Recipe
 from pipeline.run import run_stages
 from pipeline.stages import STAGES
 from pipeline.status import status
+from serving.servers import supervise
 
 UNTIL = "strip"
 PEAK_MEMORY_FILE = "peak_memory.json"
 OUTPUT_FILE = "output.txt"
 END_SECONDS = 60.0  # for a training that was told to stop, before it is killed
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,7 +166,7 @@ def train_in_process(recipe: Recipe, run_dir: Path, console: Console) -> None:
     Raises:
         whatever the stages raise.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    supervise.die_with_parent(signal.SIGTERM)
     before = _peak_memory(run_dir) if publish.partials(run_dir, "train") else {}
     built = True
     try:

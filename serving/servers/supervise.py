@@ -17,6 +17,7 @@ import time
 GENTLE_STOP_SECONDS = 10.0
 _POLL_SECONDS = 0.1
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 
 
 def main() -> int:
@@ -25,12 +26,11 @@ def main() -> int:
     stopping: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: stopping.append(number))
-    libc = ctypes.CDLL(None)
     server = subprocess.Popen(
         command,
         start_new_session=True,
         # This process has one thread, so preexec_fn is safe here, as it would not be in the pipeline.
-        preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),
+        preexec_fn=lambda: die_with_parent(signal.SIGKILL),
     )
     try:
         while server.poll() is None and not stopping and os.getppid() == parent:
@@ -49,6 +49,11 @@ def main() -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     status = server.wait()
     return status if status >= 0 else 128 - status  # ended by a signal: the number a shell would give
+
+
+def die_with_parent(number: int) -> None:
+    """Let the kernel send this process a signal when its parent ends, however that ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 if __name__ == "__main__":
