@@ -31,8 +31,9 @@ class DistilledDetector(nn.Module):
     Args:
         student: the detector that ships.
         distiller: called with ``features, gt_instances, padded_size, distill, teacher_losses``; returns named losses to
-            add. ``teacher_losses`` runs the student's own head and losses on a pyramid that the distiller made. Its
-            ``teacher_parameters()`` are those that ``training.teacher_optimizer`` trains.
+            add. ``teacher_losses(features, trains_head)`` runs the student's own head and losses on a pyramid that the
+            distiller made, and says whether the head learns from them. Its ``teacher_parameters()`` are those that
+            ``training.teacher_optimizer`` trains.
         schedule: when distillation acts.
     """
 
@@ -57,8 +58,9 @@ class DistilledDetector(nn.Module):
         assigned = label_assignment(student, features, gt_instances)
         losses = dict(detection_losses(student, images, features, gt_instances, assigned))
 
-        def teacher_losses(teacher_features: dict[str, Tensor]) -> dict[str, Tensor]:
-            with same_loss_normalizer(student, before):
+        def teacher_losses(teacher_features: dict[str, Tensor], trains_head: bool) -> dict[str, Tensor]:
+            head_gradient = nullcontext() if trains_head else without_head_gradient(student)
+            with same_loss_normalizer(student, before), head_gradient:
                 return detection_losses(student, images, {**features, **teacher_features}, gt_instances, assigned)
 
         losses |= self.distiller(
@@ -119,6 +121,19 @@ def without_bottom_up_gradient(student: nn.Module) -> Iterator[None]:
         yield
     finally:
         del vars(student.backbone)["bottom_up"]
+
+
+@contextmanager
+def without_head_gradient(student: nn.Module) -> Iterator[None]:
+    """Run the student above the pyramid without recording a gradient of its parameters; that of its input is kept."""
+    of_head = [p for name, p in student.named_parameters() if not name.startswith("backbone.") and p.requires_grad]
+    for parameter in of_head:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in of_head:
+            parameter.requires_grad_(True)
 
 
 def on_device(batched_inputs: list[dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:

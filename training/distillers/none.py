@@ -41,6 +41,6 @@ class NoDistiller(nn.Module):
         gt_instances: list[Instances],
         padded_size: tuple[int, int],
         distill: bool,
-        teacher_losses: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        teacher_losses: Callable[[dict[str, Tensor], bool], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         return {}

@@ -40,6 +40,11 @@ class LgdConfig:
         detach_appearance: Keep the teacher's detection loss away from the student's pyramid and backbone.
         query: What asks in the attention between appearance and labels.
         num_heads: Heads of that attention; divides the pyramid's channels.
+        own_label: Give each object its own label beside what attention reads from all labels of the image.
+            Deviation: the paper has attention alone, through which the teacher must first learn whose label is whose.
+            Its tens of thousands of iterations leave time for that; a schedule of a few thousand does not.
+        teacher_trains_head: The teacher's detection losses train the student's head too, as in the paper. Without, the
+            student learns as a plain one until distillation begins, and the teacher learns to speak to its head.
         loss_weight: Weight of the distillation loss (lambda).
         distill_from_iter: First iteration whose distillation loss reaches the student.
         distill_until_iter: First iteration at which it no longer does; None for never.
@@ -52,6 +57,8 @@ class LgdConfig:
     detach_appearance: bool = False
     query: Query = "appearance"
     num_heads: int = 8
+    own_label: bool = False
+    teacher_trains_head: bool = True
     loss_weight: float = 1.0
     distill_from_iter: int = 30_000
     distill_until_iter: int | None = None
@@ -92,6 +99,7 @@ class LgdConfig:
                 detach_appearance=self.detach_appearance,
                 query=self.query,
                 num_heads=self.num_heads,
+                own_label=self.own_label,
             ),
             channels=channels,
             num_classes=num_classes,
@@ -99,6 +107,7 @@ class LgdConfig:
             context_object=self.context_object,
             use_masks=self.use_masks,
             grid_offset=self.grid_offset,
+            teacher_trains_head=self.teacher_trains_head,
             loss_weight=self.loss_weight,
         )
 
@@ -121,6 +130,7 @@ class LabelGuidedDistiller(nn.Module):
         context_object: bool,
         use_masks: bool,
         grid_offset: float,
+        teacher_trains_head: bool,
         loss_weight: float,
     ) -> None:
         super().__init__()
@@ -130,6 +140,7 @@ class LabelGuidedDistiller(nn.Module):
         self.context_object = context_object
         self.use_masks = use_masks
         self.grid_offset = grid_offset
+        self.teacher_trains_head = teacher_trains_head
         self.loss_weight = loss_weight
         self.implicit_teacher = implicit_teacher
         self.adapter = nn.Sequential(
@@ -147,7 +158,7 @@ class LabelGuidedDistiller(nn.Module):
         gt_instances: Sequence[Instances],
         padded_size: tuple[int, int],
         distill: bool,
-        teacher_losses: Callable[[Features], dict[str, Tensor]],
+        teacher_losses: Callable[[Features, bool], dict[str, Tensor]],
     ) -> dict[str, Tensor]:
         """The losses that LGD adds to the student's own.
 
@@ -157,14 +168,16 @@ class LabelGuidedDistiller(nn.Module):
                 where masks are used. On the CPU they cost no synchronisation.
             padded_size: (Hp, Wp) of the batch that the features were computed from.
             distill: The distillation loss reaches the student; see `distillation_loss`.
-            teacher_losses: The student's own head and losses, on features that are given.
+            teacher_losses: The student's own head and losses, on features that are given; and whether the head learns
+                from them.
 
         Returns:
             "loss_distill", and each loss of the teacher branch with ".tea" behind its name.
         """
         teacher_features = self.teacher_features(features, gt_instances, padded_size)
         losses = {"loss_distill": self.distillation_loss(features, teacher_features, distill=distill)}
-        losses.update((f"{name}.tea", loss) for name, loss in teacher_losses(teacher_features).items())
+        of_teacher = teacher_losses(teacher_features, self.teacher_trains_head)
+        losses.update((f"{name}.tea", loss) for name, loss in of_teacher.items())
         return losses
 
     def teacher_parameters(self) -> Iterator[nn.Parameter]:

@@ -26,6 +26,7 @@ class ImplicitTeacher(nn.Module):
         detach_appearance: The teacher's loss does not reach the student's features.
         query: See `RelationAdapter`.
         num_heads: See `RelationAdapter`.
+        own_label: See `RelationAdapter`.
     """
 
     def __init__(
@@ -38,12 +39,15 @@ class ImplicitTeacher(nn.Module):
         detach_appearance: bool,
         query: Query,
         num_heads: int,
+        own_label: bool,
     ) -> None:
         super().__init__()
         self.detach_appearance = detach_appearance
         self.label_encoder = LabelEncoder(channels=channels, num_classes=num_classes, use_masks=use_masks)
         self.appearance_encoder = AppearanceEncoder(channels=channels)
-        self.relation_adapter = RelationAdapter(channels=channels, num_heads=num_heads, query=query)
+        self.relation_adapter = RelationAdapter(
+            channels=channels, num_heads=num_heads, query=query, own_label=own_label
+        )
         self.knowledge_mapper = KnowledgeMapper(channels=channels, context_object=context_object)
 
     def forward(self, features: dict[str, Tensor], objects: ObjectBatch, masks: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -18,25 +18,29 @@ Query = Literal["appearance", "label"]
 class RelationAdapter(nn.Module):
     """(L, N, M, C) appearance and (N, M, C) label embeddings -> (L, N, M, C) interacted embeddings.
 
-    One multi-head attention serves all levels; its output is used as it is, without residual or normalisation. Images
-    are attention's batch and padding is masked, which equals one sequence of all objects with other images blocked.
+    One multi-head attention serves all levels; in the paper its output is used as it is, without residual or
+    normalisation. Images are attention's batch and padding is masked, which equals one sequence of all objects with
+    other images blocked.
 
     Args:
         channels: C.
         num_heads: Heads of the attention; divides C.
         query: "appearance" asks with the appearance and reads labels (the paper's); "label" the other way round.
+        own_label: Add each object's own label embedding to what attention gives it.
     """
 
-    def __init__(self, *, channels: int, num_heads: int, query: Query) -> None:
+    def __init__(self, *, channels: int, num_heads: int, query: Query, own_label: bool) -> None:
         super().__init__()
         self.query = query
+        self.own_label = own_label
         self.label_projection = NormalizedLinear(channels, channels)
         self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
 
     def forward(self, appearance: Tensor, labels: Tensor, is_object: Tensor) -> Tensor:
         num_levels = len(appearance)
         with torch.autocast(appearance.device.type, enabled=False):
-            asking, answering = appearance, self.label_projection(labels).expand_as(appearance)
+            label = self.label_projection(labels)
+            asking, answering = appearance, label.expand_as(appearance)
             if self.query == "label":
                 asking, answering = answering, asking
             key = answering.flatten(0, 1)
@@ -44,4 +48,5 @@ class RelationAdapter(nn.Module):
             interacted, _ = self.attention(
                 asking.flatten(0, 1), key, key, key_padding_mask=is_padding, need_weights=False
             )
-        return interacted.unflatten(0, (num_levels, -1))
+            interacted = interacted.unflatten(0, (num_levels, -1))
+        return interacted + label if self.own_label else interacted

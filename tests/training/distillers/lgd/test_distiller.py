@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.distillers.lgd.distiller import LabelGuidedDistiller, LgdConfig
 from training.distillers.lgd.objects import LgdInputError, objects_from_instances
+from training.distillers.lgd.relation_adapter import RelationAdapter
 
 SIZE = (128, 96)
 LEVELS = {"p3": (16, 12), "p4": (8, 6), "p5": (4, 3)}
@@ -34,7 +35,7 @@ def _features(num_images: int = 1, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def _teacher_loss(features: dict[str, Tensor]) -> dict[str, Tensor]:
+def _teacher_loss(features: dict[str, Tensor], trains_head: bool) -> dict[str, Tensor]:
     """A stand-in of the student's head: smooth, asymmetric, different at every level."""
     return {
         "loss_cls": sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).mean() for x in features.values()),
@@ -75,7 +76,7 @@ def test_the_losses_are_the_distillation_loss_and_the_suffixed_losses_on_the_tea
     teacher = distiller.teacher_features(features, gt, SIZE)
 
     assert list(losses) == ["loss_distill", "loss_cls.tea", "loss_box_reg.tea"]
-    assert losses["loss_cls.tea"] == _teacher_loss(teacher)["loss_cls"]
+    assert losses["loss_cls.tea"] == _teacher_loss(teacher, True)["loss_cls"]
     assert losses["loss_distill"] == distiller.distillation_loss(features, teacher, distill=True)
 
 
@@ -131,7 +132,7 @@ def test_a_single_object_without_context_makes_the_teacher_independent_of_the_st
     first, second = (distiller.teacher_features(f, gt, SIZE) for f in (features, _features(seed=2)))
     for level in LEVELS:
         assert torch.equal(first[level], second[level])
-    assert not _any(_gradients(_teacher_loss(first)["loss_cls"], features.values()))
+    assert not _any(_gradients(_teacher_loss(first, True)["loss_cls"], features.values()))
 
 
 def test_the_teachers_loss_reaches_the_student_through_the_appearance(labels: Labels) -> None:
@@ -288,3 +289,17 @@ def test_the_teacher_overfits_labels_that_the_student_cannot_see(labels: Labels)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.25 * losses[0]
+
+
+def test_with_its_own_label_an_object_has_that_beside_what_attention_reads() -> None:
+    settings = {"channels": CHANNELS, "num_heads": 4, "query": "appearance"}
+    plain, own = RelationAdapter(**settings, own_label=False), RelationAdapter(**settings, own_label=True)
+    own.load_state_dict(plain.state_dict())
+    appearance, labels = torch.randn(2, 3, 5, CHANNELS), torch.randn(3, 5, CHANNELS)
+    is_object = torch.tensor([[True] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
+    added = own(appearance, labels, is_object) - plain(appearance, labels, is_object)
+    projected = torch.relu(
+        torch.layer_norm(labels @ own.label_projection.weight.T + own.label_projection.bias, [CHANNELS])
+    )
+    for level in added:
+        torch.testing.assert_close(level, projected, rtol=1e-5, atol=1e-6)

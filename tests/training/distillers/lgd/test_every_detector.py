@@ -163,6 +163,20 @@ def test_with_weight_zero_and_without_the_teachers_losses_the_student_trains_as_
     assert loss_normalizer(module.student) == loss_normalizer(detector)
 
 
+def test_a_teacher_that_does_not_train_the_head_leaves_the_student_to_learn_as_if_alone(family: str) -> None:
+    module = distilled(family, teacher_trains_head=False, detach_appearance=True, distill_from_iter=100)
+    inputs, detector = batch(labelled(), labelled(BOXES[1:2])), stripped_copy(module, family).train()
+    of_teacher = sum(loss for name, loss in losses_of(module, inputs).items() if name.endswith(".tea"))
+    assert reached(module, of_teacher) == {"teacher"}
+    module.student.load_state_dict(detector.state_dict())  # the running normaliser starts anew below
+    set_loss_normalizer(module.student, loss_normalizer(detector))
+    train(lambda: sum(losses_of(module, inputs).values()), list(module.parameters()), 3)
+    train(lambda: sum(losses_of(detector, inputs).values()), list(detector.parameters()), 3)
+    for name, value in detector.state_dict().items():
+        torch.testing.assert_close(module.student.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert all(p.requires_grad for p in groups(module)["head"])
+
+
 @pytest.mark.parametrize("detached", [False, True])
 def test_each_loss_reaches_the_parameters_that_it_should_and_no_others(family: str, detached: bool) -> None:
     module, inputs = distilled(family, detach_appearance=detached, distill_from_iter=1), batch(labelled(), labelled())
