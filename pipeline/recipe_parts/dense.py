@@ -135,6 +135,8 @@ def paper_fcos(
     norm_groups: int = 32,
     level_size_bounds: Sequence[float] = (64, 128, 256, 512),
     bottom_up_features: Sequence[str] = RESNET_STAGES,
+    top_block_in: str = "p5",
+    res5_channels: int = 2048,
     pixels: Pixels = IMAGENET_RGB,
 ) -> Any:
     """FCOS in the form of the LGD paper's numbers.
@@ -147,10 +149,13 @@ def paper_fcos(
         level_size_bounds: largest object of p3, p4, p5 and p6 in pixels, by the distance from a location to the
             farthest edge; lower them for small images.
         bottom_up_features: of strides 8, 16 and 32.
+        top_block_in: what p6 and p7 are made from: ``"p5"``, or ``"res5"`` as in the LGD paper's, whose pyramid is that
+            of its RetinaNet.
+        res5_channels: of ``res5``, where p6 is made from it.
         pixels: channel order, mean and deviation that the network below wants.
     """
     return L(PaperFCOS)(
-        backbone=_pyramid(bottom_up, channels, bottom_up_features),
+        backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=_location_head(channels, num_head_convs, norm_groups),
         head_in_features=LEVELS,
         num_classes=80,
@@ -176,11 +181,13 @@ def atss(
     num_head_convs: int = 4,
     norm_groups: int = 32,
     bottom_up_features: Sequence[str] = RESNET_STAGES,
+    top_block_in: str = "p5",
+    res5_channels: int = 2048,
     pixels: Pixels = IMAGENET_RGB,
 ) -> Any:
     """ATSS (Zhang et al., CVPR 2020) with the head and losses of :func:`paper_fcos`; arguments as there."""
     return L(ATSS)(
-        backbone=_pyramid(bottom_up, channels, bottom_up_features),
+        backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=_location_head(channels, num_head_convs, norm_groups),
         head_in_features=LEVELS,
         num_classes=80,

@@ -16,7 +16,7 @@ from pipeline.recipe_parts import CAFFE_BGR, COCO_2X, MSRA_R101, atss, coco, exp
 from serving.config import BenchmarkConfig, ServingConfig
 from training.distillers import LgdConfig
 
-model = atss(resnet(101, deformable=True), pixels=CAFFE_BGR)
+model = atss(resnet(101, deformable=True), top_block_in="res5", pixels=CAFFE_BGR)
 dataset = coco()
 training = published_training(COCO_2X, learning_rate=0.01, init_checkpoint=MSRA_R101)
 distiller = L(LgdConfig)(

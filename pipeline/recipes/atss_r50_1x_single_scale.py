@@ -28,7 +28,7 @@ from pipeline.recipe_parts import (
 from serving.config import BenchmarkConfig, ServingConfig
 from training.distillers import LgdConfig
 
-model = atss(resnet(50), pixels=CAFFE_BGR)
+model = atss(resnet(50), top_block_in="res5", pixels=CAFFE_BGR)
 dataset = coco()
 training = published_training(COCO_1X, learning_rate=0.01, short_edge_pixels=SINGLE_SCALE, init_checkpoint=MSRA_R50)
 distiller = L(LgdConfig)(

@@ -19,7 +19,7 @@ from pipeline.recipe_parts import CAFFE_BGR, COCO_2X, MSRA_R50, coco, export_800
 from serving.config import BenchmarkConfig, ServingConfig
 from training.distillers import LgdConfig
 
-model = paper_fcos(resnet(50), pixels=CAFFE_BGR)
+model = paper_fcos(resnet(50), top_block_in="res5", pixels=CAFFE_BGR)
 dataset = coco()
 training = published_training(COCO_2X, learning_rate=0.01, init_checkpoint=MSRA_R50)
 distiller = L(LgdConfig)(

@@ -28,7 +28,7 @@ from pipeline.recipe_parts import (
 from serving.config import BenchmarkConfig, ServingConfig
 from training.distillers import LgdConfig
 
-model = paper_fcos(resnext101_32x8d(deformable=True), pixels=RESNEXT_BGR)
+model = paper_fcos(resnext101_32x8d(deformable=True), top_block_in="res5", pixels=RESNEXT_BGR)
 dataset = coco()
 training = published_training(COCO_2X, learning_rate=0.01, init_checkpoint=FAIR_X101_32X8D)
 distiller = L(LgdConfig)(

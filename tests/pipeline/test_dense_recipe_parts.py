@@ -52,10 +52,14 @@ def test_each_part_builds_the_detector_for_the_data_sets_classes(
     assert all(torch.isfinite(torch.tensor(value)) for value in losses_of(detector).values())
 
 
-def test_retinanet_takes_its_top_levels_from_res5_where_asked() -> None:
-    detector = built(retinanet(resnet(18), top_block_in="res5", res5_channels=512, **SMALL))
+@pytest.mark.parametrize("part", [retinanet, paper_fcos, atss])
+def test_the_top_levels_are_taken_from_res5_where_asked(part: Any) -> None:
+    detector = built(part(resnet(18), top_block_in="res5", res5_channels=512, **SMALL))
     assert detector.backbone.top_block.p6.in_channels == 512
-    assert losses_of(detector).keys() == {"loss_cls", "loss_box_reg"}
+    assert losses_of(detector).keys() >= {"loss_cls", "loss_box_reg"}
+
+
+def test_res5_is_that_of_a_resnet_of_bottlenecks_unless_said_otherwise() -> None:
     default = retinanet(resnet(50), top_block_in="res5")
     assert default.backbone.top_block.in_channels == 2048
     with pytest.raises(ValueError, match="top_block_in is 'res4', expected 'p5' or 'res5'"):

@@ -153,7 +153,8 @@ def test_a_recipe_of_coco_builds_the_network_of_its_row(name: str) -> None:
         assert ("mask_head" in model["roi_heads"]) is (row["detector"] == "MaskRCNN")
     bottom_up, top_block = model["backbone"]["bottom_up"], model["backbone"]["top_block"]
     assert model["backbone"]["out_channels"] == 256
-    if row["detector"] == "RetinaNet" and network != "Swin-T":
+    if row["detector"] in ("RetinaNet", "PaperFCOS", "ATSS") and network != "Swin-T":
+        # The reference's FCOS configurations are based on RetinaNet's, pyramid included.
         assert (top_block["in_feature"], top_block["in_channels"]) == ("res5", 2048)
     elif row["detector"] not in ("FasterRCNN", "MaskRCNN"):
         assert (top_block["in_feature"], top_block["in_channels"]) == ("p5", 256)
