@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 import pytest
 import torch
+from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
-from detectron2.modeling.meta_arch.retinanet import RetinaNet
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import FPN, BasicStem, ResNet
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
+from detectron2.modeling.backbone.resnet import BasicBlock
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
+
+
+def tiny_bottom_up(*out_features: str) -> Any:
+    """Lazy call of a narrow ResNet with one basic block a stage."""
+    stages = [
+        L(ResNet.make_stage)(
+            block_class=BasicBlock, num_blocks=1, stride_per_block=[s], in_channels=i, out_channels=o, norm="FrozenBN"
+        )
+        for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 80, 2))
+    ]
+    stem = L(BasicStem)(in_channels=3, out_channels=16, norm="FrozenBN")
+    return L(ResNet)(stem=stem, stages=stages, out_features=list(out_features))
 
 
 def build_tiny_retinanet(num_classes: int = 5, channels: int = 32, seed: int = 0) -> RetinaNet:
-    """A stock detectron2 RetinaNet with a ResNet-18 trunk and a narrow pyramid; random weights, CPU, eval mode."""
-    from detectron2.config import LazyCall as L
-    from detectron2.layers import ShapeSpec
-    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-    from detectron2.modeling.backbone import FPN, BasicStem, ResNet
-    from detectron2.modeling.backbone.fpn import LastLevelP6P7
-    from detectron2.modeling.box_regression import Box2BoxTransform
-    from detectron2.modeling.matcher import Matcher
-    from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
-
+    """A stock detectron2 RetinaNet with a narrow trunk and pyramid; random weights, CPU, eval mode."""
     torch.manual_seed(seed)
     model = L(RetinaNet)(
         backbone=L(FPN)(
-            bottom_up=L(ResNet)(
-                stem=L(BasicStem)(in_channels=3, out_channels=16, norm="FrozenBN"),
-                stages=[
-                    L(ResNet.make_stage)(
-                        block_class=_basic_block(), num_blocks=1, stride_per_block=[s], in_channels=i, out_channels=o,
-                        norm="FrozenBN",
-                    )
-                    for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 80, 2))
-                ],
-                out_features=["res3", "res4", "res5"],
-            ),
+            bottom_up=tiny_bottom_up("res3", "res4", "res5"),
             in_features=["res3", "res4", "res5"],
             out_channels=channels,
             top_block=L(LastLevelP6P7)(in_channels=80, out_channels=channels),
@@ -57,12 +59,6 @@ def build_tiny_retinanet(num_classes: int = 5, channels: int = 32, seed: int = 0
         vis_period=0,
     )  # fmt: skip
     return instantiate(model).eval()
-
-
-def _basic_block() -> type:
-    from detectron2.modeling.backbone.resnet import BasicBlock
-
-    return BasicBlock
 
 
 def hear_ctrl_c() -> None:

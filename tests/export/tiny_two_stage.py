@@ -1,41 +1,20 @@
-"""Narrow Faster and Mask R-CNNs with random weights that detect."""
+"""Narrow Faster and Mask R-CNNs that detect, and detectron2's own inference with them."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from detectron2.config import LazyCall as L
-from detectron2.modeling.backbone import BasicStem, ResNet
-from detectron2.modeling.backbone.resnet import BasicBlock
 from torch import nn
+from two_stage_detectors import faster_rcnn_tree, mask_rcnn_tree
 
 from export.signature import Detections
-from pipeline.recipe_parts.two_stage import faster_rcnn, mask_rcnn
 from tests.export.conftest import CLASS_NAMES, canvases
 from training.student import build_student
-
-SIZES = {"channels": 32, "smallest_anchor_pixels": 16, "num_proposals": 200, "box_head_channels": [64]}
-
-
-def tiny_bottom_up() -> object:
-    """Lazy call of a ResNet of one basic block a stage."""
-    stages = [
-        L(ResNet.make_stage)(
-            block_class=BasicBlock, num_blocks=1, stride_per_block=[s], in_channels=i, out_channels=o, norm="FrozenBN"
-        )
-        for i, o, s in ((16, 16, 1), (16, 32, 2), (32, 64, 2), (64, 80, 2))
-    ]
-    stem = L(BasicStem)(in_channels=3, out_channels=16, norm="FrozenBN")
-    return L(ResNet)(stem=stem, stages=stages, out_features=["res2", "res3", "res4", "res5"])
 
 
 def calibrated_rcnn(*, masks: bool, seed: int = 0, class_agnostic: bool = False) -> nn.Module:
     """A tiny detector whose proposals, scores, boxes and masks vary enough to tell right from wrong."""
-    tree = (
-        mask_rcnn(tiny_bottom_up(), mask_head_channels=[16, 16], **SIZES)
-        if masks
-        else faster_rcnn(tiny_bottom_up(), **SIZES)
-    )
+    tree = (mask_rcnn_tree if masks else faster_rcnn_tree)(num_proposals=200)
     tree.roi_heads.box_pooler.canonical_box_size = 56  # on small canvases too, every level has boxes
     if masks:
         tree.roi_heads.mask_pooler.canonical_box_size = 56

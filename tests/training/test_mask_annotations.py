@@ -14,28 +14,15 @@ from detectron2.structures import BitMasks, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from pycocotools import mask as coco_mask
 from torch import nn
+from two_stage_detectors import tiny_faster_rcnn, tiny_mask_rcnn
 
-from pipeline.recipe_parts.two_stage import faster_rcnn, mask_rcnn
-from tests.export.tiny_two_stage import SIZES, tiny_bottom_up
-from tests.training.training_runs import coco_of_equal_images, config
+from tests.training.training_runs import LGD, coco_of_equal_images, config, run
 from training.dataset import CocoDataset, DatasetError, read_coco
-from training.distillers import LgdConfig
 from training.embedded_dataset import generate
 from training.evaluate import evaluate_detector
 from training.loader import training_loader
 from training.mask_annotations import check_masks
-from training.student import build_student
-from training.train import distilled_detector, train
-
-LGD = LgdConfig(distill_from_iter=1, freeze_backbone_until_iter=1, num_heads=4)
-
-
-def tiny_mask_rcnn(num_classes: int) -> nn.Module:
-    return build_student(mask_rcnn(tiny_bottom_up(), mask_head_channels=[16, 16], **SIZES), num_classes, seed=0)
-
-
-def tiny_faster_rcnn(num_classes: int) -> nn.Module:
-    return build_student(faster_rcnn(tiny_bottom_up(), **SIZES), num_classes, seed=0)
+from training.train import distilled_detector
 
 
 def with_polygons(dataset: CocoDataset, *, without: int = 0) -> CocoDataset:
@@ -67,15 +54,12 @@ def test_two_stage_students_train_with_lgd_evaluate_and_are_scored_with_their_te
 ) -> None:
     student = build(len(triangles.class_names))
     settings = config(max_iter=3, evaluate_at=(1.0,), images_per_batch=3)
-    (tmp_path / "run").mkdir()
-    result = train(
-        student, LGD, settings, train_set=triangles, validation_set=triangles, output_directory=tmp_path / "run"
-    )
+    result = run(tmp_path, triangles, settings, student=student)
     scores = result.ap_curve[-1]
     has_masks = build is tiny_mask_rcnn
     assert ("segm_AP" in scores) == has_masks
     assert all(math.isfinite(value) for value in scores.values())
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.json").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     names = {name for line in lines for name in line if name.startswith("loss_")}
     stock = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"} | ({"loss_mask"} if has_masks else set())
     assert names == stock | {f"{name}.tea" for name in stock} | {"loss_distill"}
@@ -132,9 +116,7 @@ def test_a_student_of_boxes_needs_no_masks_and_gets_none(triangles: CocoDataset)
 def test_annotations_without_masks_are_refused_before_the_first_iteration(tmp_path: Path) -> None:
     dataset = with_polygons(coco_of_equal_images(tmp_path / "data"), without=2)
     with pytest.raises(DatasetError, match=r"2 of 10 annotations have no usable segmentation.*image id 0") as error:
-        train(
-            tiny_mask_rcnn(3), LGD, config(), train_set=dataset, validation_set=dataset, output_directory=tmp_path / "r"
-        )
+        run(tmp_path / "r", dataset, config(), student=tiny_mask_rcnn(3))
     assert error.value.exit_code == 2
     assert not (tmp_path / "r").exists()
     check_masks(tiny_faster_rcnn(3), dataset)

@@ -7,57 +7,29 @@ import pytest
 import torch
 from conftest import build_tiny_retinanet
 
+from tests.training.training_runs import config, run
 from training.backbones.weight_file import WeightsUnusable
 from training.checkpoint import FINAL_CHECKPOINT, read_checkpoint
-from training.config import TrainingConfig
 from training.dataset import CocoDataset, read_coco
-from training.distillers import LgdConfig, NoDistillerConfig
+from training.distillers import NoDistillerConfig
 from training.divergence import LossNotFinite
 from training.embedded_dataset import generate
 from training.evaluate import DeviceUnavailable
 from training.tracking import METRICS_FILE
-from training.train import TrainingResult, train
-
-LGD = LgdConfig(distill_from_iter=1, freeze_backbone_until_iter=0, num_heads=4)
-
-
-def config(max_iter: int = 4, **changes: object) -> TrainingConfig:
-    values: dict = {
-        "max_iter": max_iter,
-        "images_per_batch": 2,
-        "learning_rate": 1e-3,
-        "warmup_iters": 0,
-        "short_edge_pixels": (96,),
-        "max_edge_pixels": 128,
-        "skip_empty_images": False,
-        "num_workers": 0,
-        "checkpoint_period_iters": 2,
-        "log_period_iters": 1,
-        "evaluate_at": (),
-        "device": "cpu",
-    }
-    return TrainingConfig(**{**values, **changes})
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CocoDataset]:
-    train_file, validation_file = generate(tmp_path_factory.mktemp("data"), num_train=6, num_validation=3)
-    return {"train_set": read_coco(train_file), "validation_set": read_coco(validation_file)}
-
-
-def run(
-    directory: Path, datasets: dict[str, CocoDataset], settings: TrainingConfig, distiller: object = LGD
-) -> TrainingResult:
-    student = build_tiny_retinanet(num_classes=len(datasets["train_set"].class_names))
-    return train(student, distiller, settings, output_directory=directory, **datasets)
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
+    train_file, _ = generate(tmp_path_factory.mktemp("data"), num_train=6, num_validation=1)
+    return read_coco(train_file)
 
 
 def test_the_checkpoint_holds_the_student_under_its_stock_keys_and_the_distiller_apart(
-    tmp_path: Path, datasets: dict[str, CocoDataset]
+    tmp_path: Path, dataset: CocoDataset
 ) -> None:
-    result = run(tmp_path, datasets, config())
+    result = run(tmp_path, dataset, config())
     checkpoint = read_checkpoint(tmp_path / FINAL_CHECKPOINT)
-    stock = build_tiny_retinanet(num_classes=len(datasets["train_set"].class_names))
+    stock = build_tiny_retinanet(num_classes=len(dataset.class_names))
     assert set(checkpoint["model"]) == set(stock.state_dict())
     assert set(checkpoint) >= {"model", "distiller", "trainer", "iteration"}
     assert result.num_parameters["student"] == sum(p.numel() for p in stock.parameters())
@@ -65,57 +37,53 @@ def test_the_checkpoint_holds_the_student_under_its_stock_keys_and_the_distiller
     assert any(key.startswith("head.") for key in moved)
 
 
-def test_a_call_on_a_directory_with_checkpoints_goes_on_from_the_last(
-    tmp_path: Path, datasets: dict[str, CocoDataset]
-) -> None:
-    run(tmp_path, datasets, config(3))
+def test_a_call_on_a_directory_with_checkpoints_goes_on_from_the_last(tmp_path: Path, dataset: CocoDataset) -> None:
+    run(tmp_path, dataset, config(3))
     (tmp_path / FINAL_CHECKPOINT).with_suffix(".partial").write_bytes(b"half a checkpoint")
     with (tmp_path / METRICS_FILE).open("a") as stream:
         stream.write('{"iteration": 3, "total_loss": 1.0}\n{"iteration": 4, "tot')  # logged, then killed
-    result = run(tmp_path, datasets, config(6))
+    result = run(tmp_path, dataset, config(6))
     iterations = [json.loads(line)["iteration"] for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     assert result.num_resumed == 1
     assert [iterations.count(i) for i in range(6)] == [1] * 6
     assert read_checkpoint(tmp_path / FINAL_CHECKPOINT)["iteration"] == 5
 
 
-def test_a_finished_run_is_not_trained_again(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
-    first = run(tmp_path, datasets, config(evaluate_at=(0.0, 1.0)))
+def test_a_finished_run_is_not_trained_again(tmp_path: Path, dataset: CocoDataset) -> None:
+    first = run(tmp_path, dataset, config(evaluate_at=(0.0, 1.0)))
     before = (tmp_path / FINAL_CHECKPOINT).read_bytes()
-    again = run(tmp_path, datasets, config(evaluate_at=(0.0, 1.0)))
+    again = run(tmp_path, dataset, config(evaluate_at=(0.0, 1.0)))
     assert (tmp_path / FINAL_CHECKPOINT).read_bytes() == before
     assert again.ap_curve == first.ap_curve
     assert [(point["iteration"], point["fraction"]) for point in first.ap_curve] == [(0, 0.0), (4, 1.0)]
 
 
-def test_the_same_seed_trains_the_same_student(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+def test_the_same_seed_trains_the_same_student(tmp_path: Path, dataset: CocoDataset) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        run(tmp_path / name, datasets, config(2))
+        run(tmp_path / name, dataset, config(2))
     a, b = (read_checkpoint(tmp_path / name / FINAL_CHECKPOINT)["model"] for name in ("a", "b"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(
-    tmp_path: Path, datasets: dict[str, CocoDataset]
-) -> None:
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_iteration(tmp_path: Path, dataset: CocoDataset) -> None:
     wild = config(50, learning_rate=1e12, clip_gradient_value=None, checkpoint_period_iters=1)
     with pytest.raises(LossNotFinite, match=r"loss_\w+ is (nan|inf).* at iteration \d+ .*learning_rate"):
-        run(tmp_path, datasets, wild, NoDistillerConfig())
+        run(tmp_path, dataset, wild, distiller=NoDistillerConfig())
 
 
-def test_a_gpu_that_is_not_there_is_refused_before_training(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+def test_a_gpu_that_is_not_there_is_refused_before_training(tmp_path: Path, dataset: CocoDataset) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(DeviceUnavailable, match=r"training\.device=cuda"):
-        run(tmp_path, datasets, config(device="cuda"))
+        run(tmp_path, dataset, config(device="cuda"))
     with pytest.raises(DeviceUnavailable, match=r"training\.precision=fp16"):
-        run(tmp_path, datasets, config(precision="fp16"))
+        run(tmp_path, dataset, config(precision="fp16"))
 
 
-def test_a_missing_initial_checkpoint_is_refused_by_its_path(tmp_path: Path, datasets: dict[str, CocoDataset]) -> None:
+def test_a_missing_initial_checkpoint_is_refused_by_its_path(tmp_path: Path, dataset: CocoDataset) -> None:
     with pytest.raises(WeightsUnusable, match=r"/nowhere\.pth"):
-        run(tmp_path, datasets, config(init_checkpoint="/nowhere.pth"))
+        run(tmp_path, dataset, config(init_checkpoint="/nowhere.pth"))
 
 
 @pytest.mark.parametrize(
@@ -135,13 +103,13 @@ def test_values_out_of_range_are_refused_by_name(change: dict, message: str) -> 
 
 
 def test_the_teachers_ap_is_measured_wherever_the_students_is_but_at_the_start(
-    tmp_path: Path, datasets: dict[str, CocoDataset]
+    tmp_path: Path, dataset: CocoDataset
 ) -> None:
     evaluated = config(evaluate_at=(0.0, 0.5, 1.0))
     plain = tmp_path / "plain"
     plain.mkdir()
-    result = run(tmp_path, datasets, evaluated)
+    result = run(tmp_path, dataset, evaluated)
     assert [point["iteration"] for point in result.ap_curve] == [0, 2, 4]
     assert [point["iteration"] for point in result.teacher_ap_curve] == [2, 4]
     assert result.teacher_ap_curve[0].keys() == result.ap_curve[0].keys()
-    assert run(plain, datasets, evaluated, NoDistillerConfig()).teacher_ap_curve == []
+    assert run(plain, dataset, evaluated, distiller=NoDistillerConfig()).teacher_ap_curve == []
