@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import get_event_storage, has_event_storage
 from torch import Tensor, nn
 
 from training.detection_losses import (
@@ -60,7 +61,7 @@ class DistilledDetector(nn.Module):
 
         def teacher_losses(teacher_features: dict[str, Tensor], trains_head: bool) -> dict[str, Tensor]:
             head_gradient = nullcontext() if trains_head else without_head_gradient(student)
-            with same_loss_normalizer(student, before), head_gradient:
+            with same_loss_normalizer(student, before), head_gradient, counted_apart():
                 return detection_losses(student, images, {**features, **teacher_features}, gt_instances, assigned)
 
         losses |= self.distiller(
@@ -88,6 +89,14 @@ class DistillationHook(HookBase):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         set_loss_normalizer(self._detector.student, state_dict["loss_normalizer"])
+
+
+def counted_apart() -> AbstractContextManager[None]:
+    """Put what a detector counts of its own, such as its accuracy on proposals, under ``teacher/``.
+
+    A second pass would otherwise write its numbers over those of the student, under the same names.
+    """
+    return get_event_storage().name_scope("teacher") if has_event_storage() else nullcontext()
 
 
 def bottom_up(student: nn.Module) -> nn.Module:

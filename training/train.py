@@ -25,7 +25,7 @@ from training.head_classes import class_count
 from training.initial_weights import load_initial_weights
 from training.launch import check_processes, distributed
 from training.loader import training_loader
-from training.mask_annotations import check_masks
+from training.mask_annotations import check_masks, has_mask_head
 from training.optimization import LearningRateHook, build_optimizers
 from training.progress import ProgressWriter, RunHook
 from training.tracking import check_tracker, writers
@@ -131,7 +131,8 @@ def distilled_detector(student: nn.Module, distiller_config: Any) -> DistilledDe
 
     Raises:
         UnsupportedStudent: no losses on given features are known for this kind of detector.
-        StudentUnsuited: its pyramid lacks a level, or the levels have different channels.
+        StudentUnsuited: its pyramid lacks a level, the levels have different channels, or it has no mask head and the
+            distiller reads instance masks, which are loaded for such a head alone.
     """
     levels = distilled_levels(student)
     shapes = student.backbone.output_shape()
@@ -146,6 +147,11 @@ def distilled_detector(student: nn.Module, distiller_config: Any) -> DistilledDe
             "the distiller treats all levels of a pyramid alike and those of the student differ in channels: "
             f"{', '.join(f'{level} has {shapes[level].channels}' for level in levels)}; put an FPN between the network "
             "and the head"
+        )
+    if getattr(distiller_config, "use_masks", False) and not has_mask_head(student):
+        raise StudentUnsuited(
+            "distiller.use_masks is true and the student has no mask head, so no instance masks are loaded; train a "
+            "detector of masks, such as mask_rcnn, or set distiller.use_masks=false"
         )
     distiller = distiller_config.build(
         channels=shapes[levels[0]].channels, num_classes=class_count(student), level_names=levels

@@ -44,6 +44,7 @@ def launched(command: str, *overrides: str) -> Recipe:
         (["export.canvas=[64,64]"], UnsupportedDetector, r"do not fit a canvas of 64 x 64"),
         (["model.backbone.bottom_up.name=mobilenet_v2"], UnsupportedBackbone, r"mobilenetv2_"),
         (["model.head_in_features=[p2,p3]"], StudentUnsuited, r"backbone has no p2, only p3, p4, p5, p6, p7"),
+        (["distiller.use_masks=true"], StudentUnsuited, r"use_masks is true and the student has no mask head"),
         (["training.accumulate_batches=2", "training.images_per_batch=3"], RecipeError, r"multiple of"),
         (["training.init_checkpoint=/nowhere/a.pth"], WeightsUnusable, r"/nowhere/a\.pth"),
     ],

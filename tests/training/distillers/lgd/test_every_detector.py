@@ -145,6 +145,20 @@ def test_the_students_losses_are_the_stock_forwards_and_the_normaliser_is_update
         assert loss_normalizer(module.student) == loss_normalizer(detector)
 
 
+def test_what_the_student_counts_of_itself_is_not_mixed_with_the_teachers_pass(family: str) -> None:
+    module, inputs = distilled(family), batch(labelled(), labelled(BOXES[:1]))
+    detector = stripped_copy(module, family).train()
+    found = []
+    for each in (module, detector):
+        torch.manual_seed(0)
+        with EventStorage() as storage:
+            each(inputs)
+        found.append({name: history.values() for name, history in storage.histories().items()})
+    counts, expected = found
+    assert {name: values for name, values in counts.items() if not name.startswith("teacher/")} == expected
+    assert {name for name in counts if name.startswith("teacher/")} == {f"teacher/{name}" for name in expected}
+
+
 def test_with_weight_zero_and_without_the_teachers_losses_the_student_trains_as_if_alone(family: str) -> None:
     module, inputs = distilled(family, loss_weight=0.0), batch(labelled(), labelled(BOXES[1:2]))
     detector = stripped_copy(module, family).train()
