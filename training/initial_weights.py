@@ -78,8 +78,7 @@ def _plan(student: nn.Module, source: str) -> _Plan:
         raise WeightsUnusable(
             f"training.init_checkpoint={source}: none of its {len(weights.tensors)} tensors (of kind {weights.kind}; "
             f"{first_names(weights.original)}) belongs to the student ({first_names(target)}); use weights of this "
-            "architecture"
-            + (REFERENCE_HINT if any(key.startswith("student.") for key in weights.original) else "")
+            "architecture" + (REFERENCE_HINT if any(key.startswith("student.") for key in weights.original) else "")
         )
     left_out = class_dependent(student, placed)
     wrong = [key for key in placed if placed[key].shape != target[key].shape and key not in left_out]
