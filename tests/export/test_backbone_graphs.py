@@ -1,4 +1,4 @@
-"""Backbones that are not plain convolutions export for batches of any size, and compute the same in ONNX Runtime."""
+"""Backbones of other code than detectron2's export for batches of any size and compute the same in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def deformable() -> nn.Module:
     return block
 
 
+def timm_of_convolutions() -> nn.Module:
+    return TimmBackbone(name="test_efficientnet")
+
+
 def timm_of_one_size() -> nn.Module:
     return TimmBackbone(name="test_vit", out_features=("res4",), img_size=(64, 64))
 
@@ -45,7 +49,7 @@ class Maps(nn.Module):
         return tuple(maps.values()) if isinstance(maps, dict) else (maps,)
 
 
-@pytest.mark.parametrize("build", [swin, deformable, timm_of_one_size])
+@pytest.mark.parametrize("build", [swin, deformable, timm_of_convolutions, timm_of_one_size])
 def test_a_backbone_exports_with_a_free_batch_dimension(build: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     graph = Maps(build()).eval()
@@ -60,6 +64,8 @@ def test_a_backbone_exports_with_a_free_batch_dimension(build: Callable[[], nn.M
         )
     stream = io.BytesIO()
     program.save(stream)
+    if build is timm_of_convolutions:  # those behind plain convolutions are folded into them
+        assert "BatchNormalization" not in {node.op_type for node in program.model_proto.graph.node}
     session = onnxruntime.InferenceSession(stream.getvalue(), providers=["CPUExecutionProvider"])
     for batch in (1, 3):
         images = torch.randn(batch, 3, 40, 64)

@@ -25,6 +25,8 @@ from tests.dense_detectors import DENSE
 from tests.export.conftest import CLASS_NAMES, canvases, detectron2_detections, signature_for
 
 CANVAS = (128, 192)
+# RetinaNet is exported in tests/export/conftest.py; ATSS has the head and decoder of PaperFCOS.
+EXPORTED = pytest.mark.parametrize("case", ["FCOS", "PaperFCOS"], indirect=True)
 
 
 def calibrated(family: str, seed: int = 0) -> nn.Module:
@@ -107,6 +109,7 @@ def test_the_graph_finds_what_the_detector_finds_on_the_same_canvas(case: Case) 
     assert result.num_tolerated < 10
 
 
+@EXPORTED
 def test_onnx_runtime_finds_what_the_detector_finds_in_batches_too(case: Case, onnx_model: Path) -> None:
     with OnnxRuntimeRunner(onnx_model, case.signature, num_threads=1) as runner:
         result = matched(runner, case.images, case.references)
@@ -119,6 +122,7 @@ def test_onnx_runtime_finds_what_the_detector_finds_in_batches_too(case: Case, o
         np.testing.assert_allclose(together.scores, single.scores, atol=1e-5)
 
 
+@EXPORTED
 @pytest.mark.skipif(
     not hasattr(load_tensorrt(), "ComputeCapability"), reason="TensorRT proper builds only for the GPU it runs on"
 )

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling.backbone import FPN
-from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
@@ -20,18 +17,14 @@ from export.detector_graph import UnsupportedDetector, detector_graph, signature
 from export.parity import MatchResult, combined, match_detections
 from export.runners import OnnxRuntimeRunner, Runner, TorchRunner
 from export.signature import Detections
-from export.targets.onnx_target import export_onnx
-from tests.conftest import build_tiny_retinanet
 from tests.export.conftest import (
     CLASS_NAMES,
     Exported,
-    calibrate,
     calibrated_retinanet,
     canvases,
     detectron2_detections,
     signature_for,
 )
-from training.backbones.timm_backbone import TimmBackbone
 
 
 def matched(runner: Runner, images: list[np.ndarray], references: list[Detections]) -> MatchResult:
@@ -120,28 +113,6 @@ def test_a_broken_graph_does_not_match(fault: Callable[[DenseGraph], None]) -> N
     assert isinstance(graph, DenseGraph)
     fault(graph)
     assert matched(runner, images, references).num_unmatched > 0
-
-
-def test_a_timm_backbone_exports_with_its_batch_norm_folded_and_matches(tmp_path: Path) -> None:
-    detector = build_tiny_retinanet(num_classes=len(CLASS_NAMES))
-    body = TimmBackbone(name="tf_efficientnet_lite0")
-    channels = detector.head.cls_score.in_channels
-    detector.backbone = FPN(
-        bottom_up=body,
-        in_features=["res3", "res4", "res5"],
-        out_channels=channels,
-        top_block=LastLevelP6P7(body.output_shape()["res5"].channels, channels),
-    ).eval()
-    calibrate(detector)
-    signature = signature_for(detector, 128, 192)
-    facts = export_onnx(detector_graph(detector, signature), signature, tmp_path / "model.onnx")
-    assert "BatchNormalization" not in facts.ops
-    images = canvases(128, 192, 5)
-    references = [detectron2_detections(detector, image) for image in images]
-    with OnnxRuntimeRunner(tmp_path / "model.onnx", signature, num_threads=1) as runner:
-        result = matched(runner, images, references)
-    assert result.num_unmatched == 0, result
-    assert result.num_matched > 50
 
 
 def test_the_signature_reads_thresholds_channel_order_and_padding_from_the_detector(tiny_retinanet: RetinaNet) -> None:
