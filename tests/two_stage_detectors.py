@@ -28,4 +28,4 @@ def tiny_mask_rcnn(num_classes: int = 5) -> nn.Module:
 
 
 _STAGES = ("res2", "res3", "res4", "res5")
-_SIZES: dict[str, Any] = {"channels": 32, "smallest_anchor_pixels": 16, "box_head_channels": [64]}
+_SIZES: dict[str, Any] = {"channels": 32, "smallest_anchor_pixels": 16, "box_head_channels": [32]}
