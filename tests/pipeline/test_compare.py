@@ -31,6 +31,7 @@ from training.launch import LaunchError
 ROOT = Path(__file__).resolve().parents[2]
 TINY = str(ROOT / "tests" / "pipeline" / "tiny_recipe.py")
 PLAIN = f"{TINY},distiller=none"
+QUICK = ("training.evaluate_at=[1.0]", "dataset.num_validation=3")
 
 
 def plan_of(*arguments: str, num_seeds: int = 2, name: str | None = None) -> Plan:
@@ -262,7 +263,7 @@ def test_a_comparison_whose_trainings_all_failed_still_has_a_table() -> None:
 
 
 def command(runs: Path) -> list[str]:
-    return [sys.executable, "-m", "pipeline", "compare", PLAIN, TINY, "--seeds", "2", "--runs", str(runs)]
+    return [sys.executable, "-m", "pipeline", "compare", PLAIN, TINY, *QUICK, "--seeds", "2", "--runs", str(runs)]
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +339,7 @@ def test_what_was_trained_is_not_trained_again_and_a_failure_is_one_row(
     runs, _ = interrupted_and_finished
     monkeypatch.chdir(ROOT)
     before = {path: path.stat().st_mtime_ns for path in runs.glob("compare/*/*/seed-*/train/manifest.json")}
-    arguments = [PLAIN, f"{TINY},training.learning_rate=1e30"]
+    arguments = [PLAIN, f"{TINY},training.learning_rate=1e30", *QUICK]
     code = compare(arguments, num_seeds=1, runs=runs, name=None, console=Console(width=200, markup=False))
     assert code == 3
     assert {path: path.stat().st_mtime_ns for path in before} == before
