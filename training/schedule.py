@@ -11,7 +11,7 @@ class Phase:
 
     Attributes:
         distill: the distillation loss reaches the student; otherwise it trains the adapter alone.
-        freeze_backbone: the bottom-up network's gradients are dropped after the backward pass.
+        freeze_backbone: the bottom-up network is not trained, and computes no gradient.
     """
 
     distill: bool
