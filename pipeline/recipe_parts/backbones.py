@@ -20,6 +20,10 @@ class Pixels(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def arguments(self) -> dict[str, Any]:
+        """As detectron2's detectors take them."""
+        return {"pixel_mean": list(self.mean), "pixel_std": list(self.std), "input_format": self.input_format}
+
 
 IMAGENET_RGB = Pixels("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 CAFFE_BGR = Pixels("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))

@@ -68,18 +68,10 @@ def retinanet(
         ),
         box2box_transform=L(Box2BoxTransform)(weights=[1.0, 1.0, 1.0, 1.0]),
         anchor_matcher=L(Matcher)(thresholds=[0.4, 0.5], labels=[0, -1, 1], allow_low_quality_matches=True),
-        num_classes=80,
-        head_in_features=LEVELS,
-        focal_loss_alpha=0.25,
-        focal_loss_gamma=2.0,
-        pixel_mean=list(pixels.mean),
-        pixel_std=list(pixels.std),
-        input_format=pixels.input_format,
         test_score_thresh=0.05,
-        test_topk_candidates=1000,
         test_nms_thresh=0.5,
-        max_detections_per_image=100,
         vis_period=0,
+        **_shared(pixels),
     )
 
 
@@ -112,18 +104,10 @@ def fcos(
             prior_prob=0.01,
             norm=head_norm,
         ),
-        head_in_features=LEVELS,
-        num_classes=80,
         center_sampling_radius=1.5,
-        focal_loss_alpha=0.25,
-        focal_loss_gamma=2.0,
         test_score_thresh=0.2,
-        test_topk_candidates=1000,
         test_nms_thresh=0.6,
-        max_detections_per_image=100,
-        pixel_mean=list(pixels.mean),
-        pixel_std=list(pixels.std),
-        input_format=pixels.input_format,
+        **_shared(pixels),
     )
 
 
@@ -157,20 +141,12 @@ def paper_fcos(
     return L(PaperFCOS)(
         backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=_location_head(channels, num_head_convs, norm_groups),
-        head_in_features=LEVELS,
-        num_classes=80,
         center_sampling_radius=1.5,
         level_size_bounds=list(level_size_bounds),
-        focal_loss_alpha=0.25,
-        focal_loss_gamma=2.0,
         box_loss_weight=1.0,
         test_score_thresh=0.05,
-        test_topk_candidates=1000,
         test_nms_thresh=0.6,
-        max_detections_per_image=100,
-        pixel_mean=list(pixels.mean),
-        pixel_std=list(pixels.std),
-        input_format=pixels.input_format,
+        **_shared(pixels),
     )
 
 
@@ -189,21 +165,26 @@ def atss(
     return L(ATSS)(
         backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=_location_head(channels, num_head_convs, norm_groups),
-        head_in_features=LEVELS,
-        num_classes=80,
         anchor_scale=8.0,
         num_level_candidates=9,
-        focal_loss_alpha=0.25,
-        focal_loss_gamma=2.0,
         box_loss_weight=2.0,
         test_score_thresh=0.05,
-        test_topk_candidates=1000,
         test_nms_thresh=0.6,
-        max_detections_per_image=100,
-        pixel_mean=list(pixels.mean),
-        pixel_std=list(pixels.std),
-        input_format=pixels.input_format,
+        **_shared(pixels),
     )
+
+
+def _shared(pixels: Pixels) -> dict[str, Any]:
+    """What every one-stage detector starts from: levels, COCO's classes, focal loss, lengths of lists, pixels."""
+    return {
+        "head_in_features": LEVELS,
+        "num_classes": 80,
+        "focal_loss_alpha": 0.25,
+        "focal_loss_gamma": 2.0,
+        "test_topk_candidates": 1000,
+        "max_detections_per_image": 100,
+        **pixels.arguments(),
+    }
 
 
 def _pyramid(

@@ -80,9 +80,7 @@ def faster_rcnn(
                 num_classes="${..num_classes}",
             ),
         ),
-        pixel_mean=list(pixels.mean),
-        pixel_std=list(pixels.std),
-        input_format=pixels.input_format,
+        **pixels.arguments(),
     )
 
 
