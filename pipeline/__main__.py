@@ -36,7 +36,6 @@ OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Overrides, 
 LaunchOption = Annotated[
     str | None, typer.Option("--launch", help='Train in several processes: "torchrun --nproc-per-node=8".')
 ]
-StageOption = Annotated[str | None, typer.Option(help="A stage's name.")]
 
 
 @app.command()

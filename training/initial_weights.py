@@ -215,6 +215,3 @@ def _warnings(student: nn.Module, weights: Weights, unused: list[str]) -> Iterab
 
 def _bottom_up_prefix(student: nn.Module) -> str:
     return "backbone.bottom_up." if hasattr(student.backbone, "bottom_up") else "backbone."
-
-
-__all__ = ["WeightsUnusable", "check_initial_weights", "load_initial_weights"]
