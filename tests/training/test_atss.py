@@ -97,6 +97,16 @@ def test_levels_with_fewer_cells_than_candidates_give_all_they_have(height: int,
     assert targets.num_positives > 0
 
 
+def test_the_deviation_is_that_of_a_sample() -> None:
+    # One cell of this box has an IoU between the thresholds of both deviations, by n - 1 and by n.
+    box = [96.0 - 66.9675, 20.065, 96.0, 96.0]
+    instances = objects([box])
+    labels = tiny_atss().label_locations(levels(96, 96), [instances]).labels[0]
+    matches, margin = naive_atss(instances.gt_boxes.tensor.tolist(), locations(96, 96))
+    assert margin > 1e-3
+    assert (labels == 0).tolist() == [match == 0 for match in matches]
+
+
 def test_a_pyramid_of_one_location_gives_it_the_object() -> None:
     detector = tiny_atss()
     detector.strides = [128]
