@@ -8,7 +8,7 @@ forward and backward, on inputs that need gradients where the part's would: stud
 (labels and features to instructive features), second head pass (the student's head and losses on those), distillation
 loss (adapter and comparison), optimizer. "freeze window" is LGD while the bottom-up network does not train.
 
-Peak memory is of tensors during one step, above what lies there between steps (parameters, gradients, momentum).
+Peak memory is of tensors: parameters, gradients, momentum, and the most that a step holds beside them at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from record import write_result  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from pipeline import recipe_parts  # noqa: E402
+from training.acceleration import keep_predictions_in_float32  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
 from training.detection_losses import detection_losses, distilled_levels, label_assignment  # noqa: E402
 from training.distilled_detector import DistilledDetector, on_device  # noqa: E402
@@ -70,7 +71,7 @@ def measured(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "lgd in the freeze window": Step(name, LgdConfig(freeze_backbone_until_iter=1), arguments, device),
     }
     seconds = _alternating({key: step.run for key, step in steps.items()}, arguments.repeats, device)
-    peaks = {key: _peak_bytes(step.run, device) for key, step in steps.items()}
+    peaks = {key: step.resident_bytes() + _peak_bytes(step.run, device) for key, step in steps.items()}
     parts = _alternating(steps["lgd"].parts(), arguments.repeats, device)
     return {
         "detector": name,
@@ -93,6 +94,7 @@ class Step:
         student = build_student(_model(name, arguments), NUM_CLASSES, seed=0)
         self.detector: DistilledDetector = distilled_detector(student, distiller)
         self.detector.to(device, memory_format=torch.channels_last).train()
+        keep_predictions_in_float32(self.detector.student)
         self.batch = _batch(arguments, with_masks=name == "mask_rcnn")
         config = TrainingConfig(
             max_iter=1, images_per_batch=len(self.batch), learning_rate=1e-4, short_edge_pixels=(1,), max_edge_pixels=1
@@ -104,6 +106,18 @@ class Step:
             losses = self.detector(self.batch)
         self._learn_from(sum(losses.values()))
         self.optimizers.step()
+
+    def resident_bytes(self) -> int:
+        """What lies in memory between two steps."""
+        state = [x for of in self.optimizers.by_owner.values() for x in of.state.values()]
+        parameters = list(self.detector.parameters())
+        tensors = [
+            *parameters,
+            *self.detector.buffers(),
+            *(p.grad for p in parameters if p.grad is not None),
+            *(value for of in state for value in of.values() if isinstance(value, Tensor)),
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def parts(self) -> dict[str, Callable[[], None]]:
         """The step's parts, each forward and backward, to be timed alone."""

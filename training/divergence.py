@@ -20,8 +20,8 @@ class LossNotFinite(FloatingPointError):
 def diverged(what: str) -> LossNotFinite:
     """The error for ``what`` became infinite or NaN, and when."""
     return LossNotFinite(
-        f"training diverged: {what} (iterations counted from 0). The last good checkpoint is kept in the run; lower "
-        "training.learning_rate, lengthen training.warmup_iters or clip with training.clip_gradient_value=1.0"
+        f"training diverged: {what} (iterations counted from 0). Checkpoints written before it are good and kept; "
+        "lower training.learning_rate, lengthen training.warmup_iters or clip with training.clip_gradient_value=1.0"
     )
 
 

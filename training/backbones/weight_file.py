@@ -45,7 +45,10 @@ def read_weight_file(path: Path) -> dict[str, Any]:
         WeightsUnusable: there is no such file, it is damaged, or it holds more than tensors and plain values.
     """
     if not path.is_file():
-        raise WeightsUnusable(f"pretrained weights not found: {path}; check the path")
+        raise WeightsUnusable(
+            f"pretrained weights not found: {path}; check training.init_checkpoint, or the backbone's weights in the "
+            "recipe"
+        )
     try:
         if path.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(path)
