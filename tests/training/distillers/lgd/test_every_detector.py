@@ -325,7 +325,10 @@ def test_a_single_object_without_context_makes_the_teacher_deaf_to_the_student(f
 
 
 def test_told_the_labels_the_teachers_losses_drop_much_faster_than_the_students() -> None:
-    """Four labels of one and the same image: only the teacher can tell them apart, if it paints them where they are."""
+    """Four labels of one and the same image: only the teacher can tell them apart, if it paints them where they are.
+
+    RetinaNet alone. On four images that differ, no family's teacher learned faster than its student in 100 iterations.
+    """
     module = distilled("RetinaNet", distill_from_iter=100)
     boxes = [*BOXES, [90.0, 10.0, 140.0, 60.0]]
     inputs = batch(*(labelled([box], [class_id]) for class_id, box in enumerate(boxes)))
