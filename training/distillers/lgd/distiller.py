@@ -44,7 +44,8 @@ class LgdConfig:
             Deviation: the paper has attention alone, through which the teacher must first learn whose label is whose.
             Meant for short schedules; that it helps a whole training has not been shown.
         teacher_trains_head: The teacher's detection losses train the student's head too, as in the paper. Without, the
-            student learns as a plain one until distillation begins, and the teacher learns to speak to its head. No gain over the plain student has been shown.
+            student learns as a plain one until distillation begins, and the teacher learns to speak to its head. No
+            gain over the plain student has been shown.
         loss_weight: Weight of the distillation loss (lambda).
         distill_from_iter: First iteration whose distillation loss reaches the student.
         distill_until_iter: First iteration at which it no longer does; None for never.
