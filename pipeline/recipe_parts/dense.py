@@ -129,7 +129,7 @@ def paper_fcos(
         bottom_up: lazy call of a network with the outputs ``bottom_up_features``.
         channels: of the pyramid and the head.
         num_head_convs: 3x3 convolutions in each of the head's two towers.
-        norm_groups: of the group normalisation behind each; divides the channels.
+        norm_groups: of the group normalisation behind each; divides the channels into groups of two or more.
         level_size_bounds: largest object of p3, p4, p5 and p6 in pixels, by the distance from a location to the
             farthest edge; lower them for small images.
         bottom_up_features: of strides 8, 16 and 32.

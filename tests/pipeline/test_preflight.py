@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pipeline import recipe as recipes
 from pipeline.errors import RecipeError
 from pipeline.preflight import NUM_CLASSES, preflight
 from pipeline.recipe import Recipe
+from pipeline.recipe_parts import atss, paper_fcos, resnet
 from training.backbones.timm_backbone import UnsupportedBackbone
 from training.backbones.weight_file import WeightsUnusable
 from training.detection_losses import UnsupportedStudent
@@ -90,6 +93,13 @@ def test_a_model_that_cannot_be_built_is_told_with_the_recipe(tmp_path: Path) ->
     broken = dataclasses.replace(recipe, model=L(GeneralizedRCNN)(backbone={}, roi_heads={"num_classes": 80}))
     with pytest.raises(RecipeError, match=r"tiny_recipe\.py: its model cannot be built: TypeError: .*missing"):
         preflight(broken)
+
+
+@pytest.mark.parametrize("part", [paper_fcos, atss])
+def test_a_head_whose_norm_has_one_channel_a_group_is_refused(part: Callable[..., Any]) -> None:
+    recipe = dataclasses.replace(recipes.load(TINY), model=part(resnet(18), channels=32))
+    with pytest.raises(RecipeError, match=r"tiny_recipe\.py: .*norm_groups is 32 for 32 channels.*choose a smaller"):
+        preflight(recipe)
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def student(kind: str, num_shares: int) -> nn.Module:
     """``"retinanet"`` with a fixed normaliser, or ``"paper_fcos"``, whose normalisers are means over the processes."""
     if kind == "paper_fcos":
         tree = recipe_parts.paper_fcos(
-            recipe_parts.timm_backbone("mobilenetv2_035", weights=None, freeze_norm=True), channels=32
+            recipe_parts.timm_backbone("mobilenetv2_035", weights=None, freeze_norm=True), channels=32, norm_groups=16
         )
         return build_student(tree, NUM_CLASSES, seed=0)
     detector = build_tiny_retinanet(num_classes=NUM_CLASSES, channels=16)

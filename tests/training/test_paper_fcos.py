@@ -232,7 +232,7 @@ def test_bounds_that_are_not_one_less_than_levels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"level_size_bounds has 4 values for 4 levels; give one less"):
         PaperFCOS(
             backbone=tiny_paper_fcos().backbone,
-            head=LocationHead(channels=32, num_classes=2, num_levels=4),
+            head=LocationHead(channels=32, num_classes=2, num_levels=4, norm_groups=8),
             head_in_features=["p3", "p4", "p5", "p6"],
             num_classes=2,
             pixel_mean=[0.0],

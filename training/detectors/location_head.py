@@ -36,11 +36,11 @@ class LocationHead(nn.Module):
         num_classes: K.
         num_levels: pyramid levels, for the scales.
         num_convs: 3x3 convolutions in each tower.
-        norm_groups: groups of the normalisation behind each; divides the channels.
+        norm_groups: groups of the normalisation behind each; divides the channels into groups of two or more.
         prior_prob: the class score that the untrained head gives.
 
     Raises:
-        ValueError: the groups do not divide the channels.
+        ValueError: the groups do not divide the channels, or each is a single channel.
     """
 
     def __init__(
@@ -58,6 +58,12 @@ class LocationHead(nn.Module):
             raise ValueError(
                 f"the head's norm_groups is {norm_groups}, which does not divide its {channels} channels; "
                 "choose a divisor"
+            )
+        if channels == norm_groups:
+            raise ValueError(
+                f"the head's norm_groups is {norm_groups} for {channels} channels, one channel a group; expected two "
+                "or more, since on a level of 1 x 1 a group would be a single value, which cannot be normalised: "
+                "choose a smaller divisor of the channels, or more channels"
             )
         self.cls_subnet = _tower(channels, num_convs, norm_groups)
         self.bbox_subnet = _tower(channels, num_convs, norm_groups)
