@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from export.graph_parts import InferenceSettings, boxes_from_deltas, on_canvas
 from export.nms import greedy_nms, rows
 from export.signature import DetectorSignature
-from training.detectors.atss import ATSS
+from training.detectors.location_detector import LocationDetector
 from training.detectors.locations import location_grid
-from training.detectors.paper_fcos import PaperFCOS
 
 Candidates = tuple[Tensor, Tensor, Tensor]  # boxes (N, M, 4), scores (N, M), labels (N, M)
 
@@ -55,8 +54,8 @@ def fcos_graph(detector: FCOS, signature: DetectorSignature) -> DenseGraph:
     return DenseGraph(detector, signature, FcosDecoder(detector, centres, units))
 
 
-def location_graph(detector: PaperFCOS | ATSS, signature: DetectorSignature) -> DenseGraph:
-    """The export graph of the detectors with a :class:`~training.detectors.location_head.LocationHead`."""
+def location_graph(detector: LocationDetector, signature: DetectorSignature) -> DenseGraph:
+    """The export graph of paper-style FCOS and ATSS."""
     grid = location_grid(_features_on_canvas(detector, signature), detector.strides)
     points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
     return DenseGraph(detector, signature, LocationDecoder(detector, points, strides))
@@ -151,14 +150,14 @@ class FcosDecoder(nn.Module):
 
 
 class LocationDecoder(nn.Module):
-    """PaperFCOS and ATSS: rank and threshold by class score, then multiply by centerness.
+    """Paper-style FCOS and ATSS: rank and threshold by class score, then multiply by centerness.
 
     Args:
         points: per level (h * w, 2), x and y in pixels.
         strides: per level (h * w,), the unit of the head's distances in pixels.
     """
 
-    def __init__(self, detector: PaperFCOS | ATSS, points: Sequence[Tensor], strides: Sequence[Tensor]) -> None:
+    def __init__(self, detector: LocationDetector, points: Sequence[Tensor], strides: Sequence[Tensor]) -> None:
         super().__init__()
         self.num_classes = detector.num_classes
         self.num_candidates = detector.test_topk_candidates

@@ -19,8 +19,7 @@ from export.dense_graph import dense_settings, fcos_graph, location_graph, retin
 from export.graph_parts import InferenceSettings
 from export.signature import DetectorSignature
 from export.two_stage_graph import two_stage_graph, two_stage_settings, why_unsupported
-from training.detectors.atss import ATSS
-from training.detectors.paper_fcos import PaperFCOS
+from training.detectors.location_detector import LocationDetector
 
 MAX_CANDIDATES = 3840  # TensorRT's largest top-k
 
@@ -48,8 +47,7 @@ class Family(NamedTuple):
 FAMILIES: dict[type[nn.Module], Family] = {
     RetinaNet: Family(retinanet_graph, dense_settings),
     FCOS: Family(fcos_graph, dense_settings),
-    PaperFCOS: Family(location_graph, dense_settings),
-    ATSS: Family(location_graph, dense_settings),
+    LocationDetector: Family(location_graph, dense_settings),
     GeneralizedRCNN: Family(two_stage_graph, two_stage_settings, why_unsupported),
 }
 

@@ -6,11 +6,12 @@ import torch
 from conftest import build_tiny_retinanet
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
-from torch import nn
 
-from training.detectors.atss import ATSS
+from training.detectors.atss_matcher import AtssMatcher
+from training.detectors.fcos_matcher import FcosMatcher
+from training.detectors.location_detector import LocationDetector
 from training.detectors.location_head import LocationHead
-from training.detectors.paper_fcos import PaperFCOS
+from training.detectors.locations import Match
 from training.detectors.stock_fcos import stock_fcos
 
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
@@ -31,33 +32,28 @@ def tiny_fcos(num_classes: int = 5) -> FCOS:
     ).eval()
 
 
-def tiny_paper_fcos(num_classes: int = 5) -> PaperFCOS:
-    return PaperFCOS(
-        backbone=build_tiny_retinanet(num_classes, CHANNELS).backbone,
-        head=_head(num_classes),
-        head_in_features=LEVELS,
-        num_classes=num_classes,
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-        input_format="RGB",
-    ).eval()
+def tiny_paper_fcos(num_classes: int = 5) -> LocationDetector:
+    return _location_detector(num_classes, FcosMatcher(), box_loss_weight=1.0)
 
 
-def tiny_atss(num_classes: int = 5) -> ATSS:
-    return ATSS(
-        backbone=build_tiny_retinanet(num_classes, CHANNELS).backbone,
-        head=_head(num_classes),
-        head_in_features=LEVELS,
-        num_classes=num_classes,
-        pixel_mean=[123.675, 116.28, 103.53],
-        pixel_std=[58.395, 57.12, 57.375],
-        input_format="RGB",
-    ).eval()
+def tiny_atss(num_classes: int = 5) -> LocationDetector:
+    return _location_detector(num_classes, AtssMatcher(), box_loss_weight=2.0)
 
 
 DENSE = {"RetinaNet": build_tiny_retinanet, "FCOS": tiny_fcos, "PaperFCOS": tiny_paper_fcos, "ATSS": tiny_atss}
 
 
-def _head(num_classes: int) -> nn.Module:
+def _location_detector(num_classes: int, matcher: Match, *, box_loss_weight: float) -> LocationDetector:
+    backbone = build_tiny_retinanet(num_classes, CHANNELS).backbone
     torch.manual_seed(1)
-    return LocationHead(channels=CHANNELS, num_classes=num_classes, num_convs=1, norm_groups=8)
+    return LocationDetector(
+        backbone=backbone,
+        head=LocationHead(channels=CHANNELS, num_classes=num_classes, num_convs=1, norm_groups=8),
+        head_in_features=LEVELS,
+        matcher=matcher,
+        num_classes=num_classes,
+        box_loss_weight=box_loss_weight,
+        pixel_mean=[123.675, 116.28, 103.53],
+        pixel_std=[58.395, 57.12, 57.375],
+        input_format="RGB",
+    ).eval()

@@ -21,9 +21,8 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from training.detectors.atss import ATSS
+from training.detectors.location_detector import LocationDetector
 from training.detectors.locations import LocationTargets
-from training.detectors.paper_fcos import PaperFCOS
 
 Features = dict[str, Tensor]
 
@@ -55,9 +54,8 @@ def _anchor_labels(detector: RetinaNet | FCOS, features: Features, gt_instances:
     return anchors, *detector.label_anchors(anchors, gt_instances)
 
 
-@label_assignment.register(PaperFCOS)
-@label_assignment.register(ATSS)
-def _location_labels(detector: PaperFCOS | ATSS, features: Features, gt_instances: list[Instances]) -> LocationTargets:
+@label_assignment.register
+def _location_labels(detector: LocationDetector, features: Features, gt_instances: list[Instances]) -> LocationTargets:
     return detector.label_locations(_head_inputs(detector, features), gt_instances)
 
 
@@ -109,10 +107,9 @@ def _fcos(
     return detector.losses(anchors, logits, labels, deltas, boxes, centerness)
 
 
-@detection_losses.register(PaperFCOS)
-@detection_losses.register(ATSS)
+@detection_losses.register
 def _location(
-    detector: PaperFCOS | ATSS,
+    detector: LocationDetector,
     images: ImageList,
     features: Features,
     gt_instances: list[Instances],

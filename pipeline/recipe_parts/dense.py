@@ -16,9 +16,10 @@ from detectron2.modeling.meta_arch.fcos import FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNet, RetinaNetHead
 
 from pipeline.recipe_parts.backbones import IMAGENET_RGB, RESNET_STAGES, Pixels
-from training.detectors.atss import ATSS
+from training.detectors.atss_matcher import AtssMatcher
+from training.detectors.fcos_matcher import FcosMatcher
+from training.detectors.location_detector import LocationDetector
 from training.detectors.location_head import LocationHead
-from training.detectors.paper_fcos import PaperFCOS
 from training.detectors.stock_fcos import stock_fcos
 
 LEVELS = ["p3", "p4", "p5", "p6", "p7"]
@@ -138,11 +139,10 @@ def paper_fcos(
         res5_channels: of ``res5``, where p6 is made from it.
         pixels: channel order, mean and deviation that the network below wants.
     """
-    return L(PaperFCOS)(
+    return L(LocationDetector)(
         backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=_location_head(channels, num_head_convs, norm_groups),
-        center_sampling_radius=1.5,
-        level_size_bounds=list(level_size_bounds),
+        matcher=L(FcosMatcher)(center_sampling_radius=1.5, level_size_bounds=list(level_size_bounds)),
         box_loss_weight=1.0,
         test_score_thresh=0.05,
         test_nms_thresh=0.6,
@@ -162,11 +162,10 @@ def atss(
     pixels: Pixels = IMAGENET_RGB,
 ) -> Any:
     """ATSS (Zhang et al., CVPR 2020) with the head and losses of :func:`paper_fcos`; arguments as there."""
-    return L(ATSS)(
+    return L(LocationDetector)(
         backbone=_pyramid(bottom_up, channels, bottom_up_features, top_block_in, res5_channels),
         head=_location_head(channels, num_head_convs, norm_groups),
-        anchor_scale=8.0,
-        num_level_candidates=9,
+        matcher=L(AtssMatcher)(anchor_scale=8.0, num_level_candidates=9),
         box_loss_weight=2.0,
         test_score_thresh=0.05,
         test_nms_thresh=0.6,

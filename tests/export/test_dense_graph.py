@@ -25,7 +25,7 @@ from tests.dense_detectors import DENSE
 from tests.export.conftest import CLASS_NAMES, canvases, detectron2_detections, signature_for
 
 CANVAS = (128, 192)
-# RetinaNet is exported in tests/export/conftest.py; ATSS has the head and decoder of PaperFCOS.
+# RetinaNet is exported in tests/export/conftest.py; ATSS is PaperFCOS but for its assignment.
 EXPORTED = pytest.mark.parametrize("case", ["FCOS", "PaperFCOS"], indirect=True)
 
 

@@ -4,14 +4,17 @@ from typing import Any
 
 import pytest
 import torch
+from detectron2.config import instantiate
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
+from pipeline.recipe import load
 from pipeline.recipe_parts import CAFFE_BGR, atss, fcos, paper_fcos, resnet, retinanet, swin_tiny
-from training.detectors.atss import ATSS
-from training.detectors.paper_fcos import PaperFCOS
+from training.detectors.atss_matcher import AtssMatcher
+from training.detectors.fcos_matcher import FcosMatcher
+from training.detectors.location_detector import LocationDetector
 from training.student import build_student
 
 SMALL = {"channels": 64, "num_head_convs": 1, "pixels": CAFFE_BGR}
@@ -34,8 +37,8 @@ def losses_of(detector: Any) -> dict[str, float]:
     [
         (retinanet(resnet(18), **SMALL), RetinaNet, 0.05, 0.5),
         (fcos(resnet(18), **SMALL), FCOS, 0.2, 0.6),
-        (paper_fcos(resnet(18), **SMALL), PaperFCOS, 0.05, 0.6),
-        (atss(resnet(18), **SMALL), ATSS, 0.05, 0.6),
+        (paper_fcos(resnet(18), **SMALL), LocationDetector, 0.05, 0.6),
+        (atss(resnet(18), **SMALL), LocationDetector, 0.05, 0.6),
     ],
     ids=["retinanet", "fcos", "paper_fcos", "atss"],
 )
@@ -74,5 +77,29 @@ def test_a_network_with_other_names_below_the_pyramid_serves_too() -> None:
 
 def test_the_sizes_of_the_levels_and_the_groups_of_the_norm_reach_the_detector() -> None:
     detector = built(paper_fcos(resnet(18), level_size_bounds=(16, 32, 64, 128), norm_groups=16, **SMALL))
-    assert detector.level_size_bounds == (16, 32, 64, 128)
+    assert detector.matcher.level_size_bounds == (16, 32, 64, 128)
     assert detector.head.cls_subnet[1].num_groups == 16
+
+
+def test_the_two_detectors_of_locations_differ_in_their_matcher_and_the_weight_of_the_box_loss_only() -> None:
+    trees = [part(resnet(18), **SMALL) for part in (paper_fcos, atss)]
+    first, second = (built(tree) for tree in trees)
+    assert (type(first.matcher), type(second.matcher)) == (FcosMatcher, AtssMatcher)
+    assert (first.box_loss_weight, second.box_loss_weight) == (1.0, 2.0)
+    for tree in trees:
+        del tree.matcher, tree.box_loss_weight
+    assert trees[0] == trees[1]
+
+
+def test_a_recipes_matcher_takes_overrides() -> None:
+    fcos_overrides = ["model.matcher.level_size_bounds=[16,32,64,128]", "model.matcher.center_sampling_radius=2"]
+    matcher = instantiate(load("fcos_r50_2x", fcos_overrides).model.matcher)
+    assert vars(matcher) == {"center_sampling_radius": 2, "level_size_bounds": (16, 32, 64, 128)}
+    atss_overrides = ["model.matcher.anchor_scale=4", "model.matcher.num_level_candidates=5"]
+    matcher = instantiate(load("atss_r50_1x_single_scale", atss_overrides).model.matcher)
+    assert vars(matcher) == {"anchor_scale": 4, "num_level_candidates": 5}
+
+
+def test_bounds_for_another_number_of_levels_are_refused_as_the_model_is_built() -> None:
+    with pytest.raises(ValueError, match="level_size_bounds has 2 values for 5 levels; give one less than levels"):
+        built(paper_fcos(resnet(18), level_size_bounds=(16, 32), **SMALL))

@@ -59,13 +59,17 @@ EPOCHS = {
 SIZES = {"MS": (640, 672, 704, 736, 768, 800), "SS": (800,)}
 DETECTORS = {
     "RetinaNet": "detectron2.modeling.meta_arch.retinanet.RetinaNet",
-    "PaperFCOS": "training.detectors.paper_fcos.PaperFCOS",
+    "PaperFCOS": "training.detectors.location_detector.LocationDetector",
     "FCOS": "training.detectors.stock_fcos.stock_fcos",
-    "ATSS": "training.detectors.atss.ATSS",
+    "ATSS": "training.detectors.location_detector.LocationDetector",
     "FasterRCNN": "detectron2.modeling.meta_arch.rcnn.GeneralizedRCNN",
     "MaskRCNN": "detectron2.modeling.meta_arch.rcnn.GeneralizedRCNN",
 }
 ZOO = "detectron2://ImageNetPretrained"
+MATCHERS = {
+    "PaperFCOS": "training.detectors.fcos_matcher.FcosMatcher",
+    "ATSS": "training.detectors.atss_matcher.AtssMatcher",
+}
 WEIGHTS = {
     "R-50": f"{ZOO}/MSRA/R-50.pkl",
     "R-101": f"{ZOO}/MSRA/R-101.pkl",
@@ -149,6 +153,7 @@ def test_a_recipe_of_coco_builds_the_network_of_its_row(name: str) -> None:
     row, recipe = COCO[name], load(name)
     model, network = recipe.resolved["model"], row["network"]
     assert model["_target_"] == DETECTORS[row["detector"]]
+    assert model.get("matcher", {}).get("_target_") == MATCHERS.get(row["detector"])
     if "roi_heads" in model:
         assert ("mask_head" in model["roi_heads"]) is (row["detector"] == "MaskRCNN")
     bottom_up, top_block = model["backbone"]["bottom_up"], model["backbone"]["top_block"]

@@ -1,4 +1,4 @@
-"""The head of detectors that predict one box a location: FCOS as the LGD paper trains it, and ATSS.
+"""The head of :class:`~training.detectors.location_detector.LocationDetector`.
 
 Shape legend: N images, C channels, K classes, (h, w) a level's grid.
 """

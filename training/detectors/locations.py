@@ -47,6 +47,8 @@ class LocationTargets(NamedTuple):
     sum_centerness: Tensor
 
 
+# From the grid and an image's boxes (M, 4), M > 0, to the box (R,) that each location belongs to and whether (R,) it
+# belongs to any. Raises ValueError where it is made for other levels than the grid's.
 Match = Callable[[LocationGrid, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -75,8 +77,7 @@ def location_targets(
     Args:
         gt_instances: of each image, on the grid's device, with ``gt_boxes`` and ``gt_classes``; may be empty.
         num_classes: K.
-        match: called with the grid and an image's boxes (M, 4), M > 0; returns for each location the box (R,) that it
-            belongs to and whether (R,) it belongs to any.
+        match: see :data:`Match`.
     """
     labels, distances = [], []
     for instances in gt_instances:

@@ -1,4 +1,4 @@
-"""The assignment of ATSS; its head, losses and inference are tested with PaperFCOS, which shares them."""
+"""The assignment of ATSS; its head, losses and inference are those of paper-style FCOS."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""What paper-style FCOS and ATSS share: losses, inference, and how a matcher is used."""
+
 from __future__ import annotations
 
 import math
@@ -7,68 +9,15 @@ import pytest
 import torch
 from dense_detectors import tiny_atss, tiny_paper_fcos
 from detectron2.utils import comm
-from location_cases import K, compare_with, levels, locations, objects, random_boxes
+from location_cases import K, levels, locations, objects, random_boxes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import generalized_box_iou_loss, nms, sigmoid_focal_loss
 
+from training.detectors.fcos_matcher import FcosMatcher
+from training.detectors.location_detector import LocationDetector
 from training.detectors.location_head import LocationHead
 from training.detectors.location_losses import giou_loss
-from training.detectors.paper_fcos import PaperFCOS
-
-
-def naive_fcos(boxes: list[list[float]], x: float, y: float, stride: int) -> int | None:
-    """Which box a location belongs to, one location and one box at a time."""
-    smallest, found = math.inf, None
-    low, high = {8: (-1, 64), 16: (64, 128), 32: (128, 256), 64: (256, 512), 128: (512, math.inf)}[stride]
-    for index, (x1, y1, x2, y2) in enumerate(boxes):
-        if not (x1 < x < x2 and y1 < y < y2):
-            continue
-        if abs(x - (x1 + x2) / 2) >= 1.5 * stride or abs(y - (y1 + y2) / 2) >= 1.5 * stride:
-            continue
-        if not low <= max(x - x1, y - y1, x2 - x, y2 - y) <= high:
-            continue
-        if (area := (x2 - x1) * (y2 - y1)) < smallest:
-            smallest, found = area, index
-    return found
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_locations_learn_what_a_loop_over_locations_and_boxes_gives_them(seed: int) -> None:
-    instances = objects(random_boxes(12, seed))
-    targets = tiny_paper_fcos().label_locations(levels(), [instances])
-    boxes = instances.gt_boxes.tensor.tolist()
-    assert compare_with(targets, instances, [naive_fcos(boxes, *where) for where in locations()]) > 10
-
-
-@pytest.mark.parametrize(
-    ("boxes", "some"),
-    [
-        ([[20, 20, 60, 60], [20, 20, 60, 60]], True),  # the same area: the first
-        ([[20, 20, 60, 60], [22, 22, 58, 58]], True),  # the smaller
-        ([[12, 12, 140, 28]], True),  # a location at 64 pixels from an edge belongs to both levels
-        ([[19, 19, 21, 21], [100, 100, 104, 104]], True),  # tiny, with a cell's centre inside or not
-        ([[33, 33, 35, 35]], False),
-        ([[20, 20, 20, 60], [50, 50, 50, 50]], False),  # no area
-        ([[152, 120, 192, 160]], True),  # at the border
-        ([], False),
-    ],
-)
-def test_ties_tiny_boxes_and_borders_are_as_in_the_loop(boxes: list[list[float]], some: bool) -> None:
-    instances = objects(boxes)
-    targets = tiny_paper_fcos().label_locations(levels(), [instances])
-    num_positives = compare_with(targets, instances, [naive_fcos(boxes, *where) for where in locations()])
-    assert (num_positives > 0) == some
-
-
-def test_images_of_a_batch_are_assigned_one_by_one() -> None:
-    detector = tiny_paper_fcos()
-    images = [objects(random_boxes(4, 0)), objects([]), objects(random_boxes(3, 1))]
-    together = detector.label_locations(levels(num_images=3), images)
-    for index, instances in enumerate(images):
-        alone = detector.label_locations(levels(), [instances])
-        for name in ("labels", "distances", "centerness"):
-            assert torch.equal(getattr(together, name)[index], getattr(alone, name)[0])
 
 
 def direct_losses(detector: Any, predictions: Any, targets: Any) -> dict[str, Tensor]:
@@ -102,6 +51,15 @@ def detector(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
 
+def test_images_of_a_batch_are_assigned_one_by_one(detector: Any) -> None:
+    images = [objects(random_boxes(4, 0)), objects([]), objects(random_boxes(3, 1))]
+    together = detector.label_locations(levels(num_images=3), images)
+    for index, instances in enumerate(images):
+        alone = detector.label_locations(levels(), [instances])
+        for name in ("labels", "distances", "centerness"):
+            assert torch.equal(getattr(together, name)[index], getattr(alone, name)[0])
+
+
 def features_of(num_images: int = 2, seed: int = 0) -> list[Tensor]:
     torch.manual_seed(seed)
     return [torch.randn(num_images, 32, *level.shape[-2:]) for level in levels()]
@@ -129,10 +87,6 @@ def test_the_losses_are_those_of_the_formulas(detector: Any, num_objects: tuple[
     for name, a, b in zip(dict(detector.head.named_parameters()), *grads, strict=True):
         assert a is not None, f"{name} is cut off"
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, rtol=1e-4, atol=1e-6)
-
-
-def test_the_box_loss_of_the_two_detectors_differs_in_its_weight_only() -> None:
-    assert (tiny_paper_fcos().box_loss_weight, tiny_atss().box_loss_weight) == (1.0, 2.0)
 
 
 def test_the_giou_of_touching_nested_and_empty_boxes_is_torchvisions_and_its_gradient_finite() -> None:
@@ -230,10 +184,11 @@ def test_detections_are_those_of_a_loop_over_locations_and_classes(detector: Any
 
 def test_bounds_that_are_not_one_less_than_levels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"level_size_bounds has 4 values for 4 levels; give one less"):
-        PaperFCOS(
+        LocationDetector(
             backbone=tiny_paper_fcos().backbone,
             head=LocationHead(channels=32, num_classes=2, num_levels=4, norm_groups=8),
             head_in_features=["p3", "p4", "p5", "p6"],
+            matcher=FcosMatcher(),
             num_classes=2,
             pixel_mean=[0.0],
             pixel_std=[1.0],
