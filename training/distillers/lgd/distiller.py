@@ -37,6 +37,9 @@ class LgdConfig:
         use_masks: Objects are their instance masks, in what describes them and in what they cover; otherwise boxes.
         grid_offset: Where in a cell of a feature map its point is that an object covers or not: 0 (the reference's,
             half a cell off detectron2's pixel centres) or 0.5.
+        soft_masks: A cell belongs to an object by the share of it that the object covers, not wholly or not at all.
+            Deviation: the paper's masks are binary, and know an edge to a cell only, which on small images is a good
+            part of an object.
         detach_appearance: Keep the teacher's detection loss away from the student's pyramid and backbone.
         query: What asks in the attention between appearance and labels.
         num_heads: Heads of that attention; divides the pyramid's channels.
@@ -55,6 +58,7 @@ class LgdConfig:
     context_object: bool = True
     use_masks: bool = False
     grid_offset: float = 0.0
+    soft_masks: bool = False
     detach_appearance: bool = False
     query: Query = "appearance"
     num_heads: int = 8
@@ -70,6 +74,11 @@ class LgdConfig:
             raise LgdInputError(f"distiller.query is {self.query!r}; it must be one of {', '.join(get_args(Query))}.")
         if self.grid_offset not in GRID_OFFSETS:
             raise LgdInputError(f"distiller.grid_offset is {self.grid_offset}; it must be 0 or 0.5.")
+        if self.soft_masks and self.grid_offset:
+            raise LgdInputError(
+                "distiller.soft_masks and distiller.grid_offset=0.5 exclude each other: a soft mask measures whole "
+                "cells and looks at no point of them. Leave grid_offset at 0."
+            )
 
     def schedule(self) -> DistillationSchedule:
         return DistillationSchedule(
@@ -108,6 +117,7 @@ class LgdConfig:
             context_object=self.context_object,
             use_masks=self.use_masks,
             grid_offset=self.grid_offset,
+            soft_masks=self.soft_masks,
             teacher_trains_head=self.teacher_trains_head,
             loss_weight=self.loss_weight,
         )
@@ -131,6 +141,7 @@ class LabelGuidedDistiller(nn.Module):
         context_object: bool,
         use_masks: bool,
         grid_offset: float,
+        soft_masks: bool,
         teacher_trains_head: bool,
         loss_weight: float,
     ) -> None:
@@ -141,6 +152,7 @@ class LabelGuidedDistiller(nn.Module):
         self.context_object = context_object
         self.use_masks = use_masks
         self.grid_offset = grid_offset
+        self.soft_masks = soft_masks
         self.teacher_trains_head = teacher_trains_head
         self.loss_weight = loss_weight
         self.implicit_teacher = implicit_teacher
@@ -211,12 +223,12 @@ class LabelGuidedDistiller(nn.Module):
         map_sizes: dict[str, tuple[int, int]],
         device: torch.device,
     ) -> tuple[ObjectBatch, dict[str, Tensor]]:
-        """The labels as tensors, and the cells that each object covers: {level: (N, M, Hl * Wl) bool}."""
+        """The labels as tensors, and the cells that each object covers: {level: (N, M, Hl * Wl)}."""
         objects = objects_from_instances(
             gt_instances, padded_size, num_classes=self.num_classes, context_object=self.context_object, device=device
         )
         if not self.use_masks:
-            return objects, box_masks(objects, map_sizes, grid_offset=self.grid_offset)
+            return objects, box_masks(objects, map_sizes, grid_offset=self.grid_offset, soft=self.soft_masks)
         crops = mask_crops(gt_instances, context_object=self.context_object, device=device)
         masks = instance_masks(
             gt_instances,
@@ -224,6 +236,7 @@ class LabelGuidedDistiller(nn.Module):
             map_sizes,
             context_object=self.context_object,
             grid_offset=self.grid_offset,
+            soft=self.soft_masks,
             device=device,
         )
         return dataclasses.replace(objects, mask_crops=crops), masks

@@ -52,8 +52,9 @@ def instance_masks(
     context_object: bool,
     grid_offset: float,
     device: torch.device,
+    soft: bool = False,
 ) -> dict[str, Tensor]:
-    """Which cells of each feature map lie on each object's mask: {level: (N, M, Hl * Wl) bool}.
+    """Which cells of each feature map lie on each object's mask: {level: (N, M, Hl * Wl)}, bool or shares in [0, 1].
 
     Equal to rasterising at (H, W), padding with zeros to (Hp, Wp) and resizing by the nearest neighbour, but reads only
     the pixels that the resizing keeps. The stand-in of an image without objects covers nothing.
@@ -63,13 +64,18 @@ def instance_masks(
 
     Args:
         grid_offset: Where in a cell its pixel is taken: 0 is the reference's "nearest", 0.5 the cell's middle.
+        soft: The share of each cell that the mask covers: resizing by area instead.
 
     Raises:
         LgdInputError: An image has objects and no masks.
     """
     masks: dict[str, list[Tensor]] = {level: [] for level in map_sizes}
     for index, instances in enumerate(gt_instances):
-        sampled = _sampled(instances, index, padded_size, list(map_sizes.values()), grid_offset)
+        sampled = (
+            _averaged(instances, index, padded_size, list(map_sizes.values()))
+            if soft
+            else _sampled(instances, index, padded_size, list(map_sizes.values()), grid_offset)
+        )
         for level, at_cells in zip(map_sizes, sampled, strict=True):
             has_extra = context_object or not len(instances)
             masks[level].append(F.pad(at_cells.flatten(1), (0, 0, 0, int(has_extra)), value=context_object))
@@ -106,6 +112,24 @@ def _sampled(
         F.pad(on_device(at_cells, labels_device), (0, map_width - at_cells.shape[2], 0, map_height - at_cells.shape[1]))
         for at_cells, (map_height, map_width) in zip(sampled, map_sizes, strict=True)
     ]
+
+
+def _averaged(
+    instances: Instances, index: int, padded_size: tuple[int, int], map_sizes: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """The share of each cell of each map that one image's masks cover: (n, Hl, Wl), where its boxes are."""
+    labels_device = instances.gt_boxes.device
+    if not len(instances):
+        return [torch.zeros(0, *size, device=labels_device) for size in map_sizes]
+    masks = _masks_of(instances, index)
+    if isinstance(masks, BitMasks):
+        bitmaps = masks.tensor
+    else:
+        rasters = [torch.from_numpy(polygons_to_bitmask(p, *instances.image_size)) for p in masks.polygons]
+        bitmaps = torch.stack(rasters)
+    (height, width), (padded_height, padded_width) = instances.image_size, padded_size
+    padded = F.pad(bitmaps.float(), (0, padded_width - width, 0, padded_height - height))
+    return [on_device(F.interpolate(padded[None], size=size, mode="area")[0], labels_device) for size in map_sizes]
 
 
 def _pixels_of_cells(num_padded: int, num_cells: int, grid_offset: float, num_pixels: int) -> Tensor:

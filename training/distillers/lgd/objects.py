@@ -102,9 +102,9 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def box_masks(
-    objects: ObjectBatch, map_sizes: Mapping[str, tuple[int, int]], *, grid_offset: float = 0.0
+    objects: ObjectBatch, map_sizes: Mapping[str, tuple[int, int]], *, grid_offset: float = 0.0, soft: bool = False
 ) -> dict[str, Tensor]:
-    """Which cells of each feature map lie inside each object's box: {level: (N, M, Hl * Wl) bool}.
+    """Which cells of each feature map lie inside each object's box: {level: (N, M, Hl * Wl)}, bool or shares in [0, 1].
 
     A box is scaled by the true ratio Wl / Wp. One smaller than a cell may cover none, and one without area covers none
     (the quotient is NaN or infinite).
@@ -112,13 +112,18 @@ def box_masks(
     Args:
         grid_offset: Where in a cell its point is. 0 is the reference's: a cell is its integer index, half a cell beside
             detectron2's pixel centres, which 0.5 stands for.
+        soft: The share of each cell that the box covers, which knows the box's edges to a fraction of a cell.
     """
     height, width = objects.padded_size
     masks = {}
     for level, (map_height, map_width) in map_sizes.items():
-        x = _cells_inside(objects.boxes[..., 0::2] * (map_width / width), map_width, grid_offset)
-        y = _cells_inside(objects.boxes[..., 1::2] * (map_height / height), map_height, grid_offset)
-        masks[level] = (y[..., :, None] & x[..., None, :] & objects.is_object[..., None, None]).flatten(-2)
+        across = objects.boxes[..., 0::2] * (map_width / width)
+        down = objects.boxes[..., 1::2] * (map_height / height)
+        if soft:
+            x, y = _shares_of_cells(across, map_width), _shares_of_cells(down, map_height)
+        else:
+            x, y = _cells_inside(across, map_width, grid_offset), _cells_inside(down, map_height, grid_offset)
+        masks[level] = (y[..., :, None] * x[..., None, :] * objects.is_object[..., None, None]).flatten(-2)
     return masks
 
 
@@ -127,6 +132,12 @@ def _cells_inside(interval: Tensor, num_cells: int, grid_offset: float) -> Tenso
     start, end = interval[..., 0:1], interval[..., 1:2]
     cell = torch.arange(num_cells, device=interval.device) + grid_offset
     return ((start + end) * 0.5 - cell).abs() / (end - start) <= 0.5
+
+
+def _shares_of_cells(interval: Tensor, num_cells: int) -> Tensor:
+    """(N, M, 2) intervals in cells -> (N, M, num_cells), how much of each cell [i, i + 1] lies in the interval."""
+    cell = torch.arange(num_cells, device=interval.device)
+    return (torch.minimum(interval[..., 1:2], cell + 1) - torch.maximum(interval[..., 0:1], cell)).clamp(min=0)
 
 
 def _require_known_classes(gt_instances: Sequence[Instances], num_classes: int) -> None:

@@ -104,9 +104,27 @@ class LoopTeacher:
             image_wide = torch.maximum(image_wide, other)
         return [self.layer("label_encoder.embedding", torch.cat((x, image_wide))) for x in local]
 
-    def cells(self, row: LoopObject, map_height: int, map_width: int) -> list[tuple[int, int]]:
+    def shares(self, row: LoopObject, map_height: int, map_width: int) -> dict[tuple[int, int], float]:
+        """How much of each cell the object covers, of those that it covers."""
         if self.config.use_masks:
-            return self.cells_of_mask(row, map_height, map_width)
+            return dict.fromkeys(self.cells_of_mask(row, map_height, map_width), 1.0)
+        if not self.config.soft_masks:
+            return dict.fromkeys(self.cells_of_box(row, map_height, map_width), 1.0)
+        height, width = self.padded_size
+        shares = {}
+        for line in range(map_height):
+            for column in range(map_width):
+                left, right = column * width / map_width, (column + 1) * width / map_width
+                top, bottom = line * height / map_height, (line + 1) * height / map_height
+                across, down = (
+                    min(right, row.box[2]) - max(left, row.box[0]),
+                    min(bottom, row.box[3]) - max(top, row.box[1]),
+                )
+                if across > 0 and down > 0:
+                    shares[line, column] = across * down / ((right - left) * (bottom - top))
+        return shares
+
+    def cells_of_box(self, row: LoopObject, map_height: int, map_width: int) -> list[tuple[int, int]]:
         box, offset = row.box, self.config.grid_offset
         height, width = self.padded_size
         x1, x2 = (box[i] * map_width / width for i in (0, 2))
@@ -132,11 +150,11 @@ class LoopTeacher:
                     cells.append((line, column))
         return cells
 
-    def appearance(self, features: Tensor, cells: list[tuple[int, int]]) -> Tensor:
+    def appearance(self, features: Tensor, shares: dict[tuple[int, int], float]) -> Tensor:
         total = torch.zeros(len(features), dtype=torch.float64)
-        for row, column in cells:
-            total = total + features[:, row, column]
-        return total / max(1, len(cells))
+        for (row, column), share in shares.items():
+            total = total + share * features[:, row, column]
+        return total / max(1, sum(shares.values()))
 
     def attend(self, query: Tensor, others: list[Tensor]) -> Tensor:
         channels, name = len(query), "implicit_teacher.relation_adapter.attention"
@@ -165,11 +183,13 @@ class LoopTeacher:
         projected = standardized(self.convolution("implicit_teacher.appearance_encoder.projection", source)).clamp(
             min=0
         )
-        covered = [self.cells(row, map_height, map_width) for row in rows]
-        appearance = [self.appearance(projected, cells) for cells in covered]
+        covered = [self.shares(row, map_height, map_width) for row in rows]
+        appearance = [self.appearance(projected, shares) for shares in covered]
         labels = [self.layer("relation_adapter.label_projection", u) for u in self.label_embeddings(rows)]
         asking, answering = (appearance, labels) if self.config.query == "appearance" else (labels, appearance)
         interacted = [self.attend(query, answering) for query in asking]
+        if self.config.own_label:
+            interacted = [read + label for read, label in zip(interacted, labels, strict=True)]
 
         mapper = "implicit_teacher.knowledge_mapper"
         painted = torch.zeros_like(features)
@@ -177,8 +197,8 @@ class LoopTeacher:
         for index in range(painted_rows):
             vector = self.linear(f"{mapper}.object_projection", interacted[index])
             where = torch.zeros(map_height, map_width, dtype=torch.float64)
-            for row, column in covered[index]:
-                where[row, column] = 1
+            for cell, share in covered[index].items():
+                where[cell] = share
             painted = painted + vector[:, None, None] * where
         result = self.convolution(f"{mapper}.spread", painted)
         if self.config.context_object:
@@ -231,6 +251,8 @@ CASES = {
     "context": (LgdConfig(loss_weight=0.7), 32, 5, PYRAMID),
     "no context": (LgdConfig(context_object=False), 32, 5, PYRAMID),
     "middles of cells": (LgdConfig(grid_offset=0.5, num_heads=4), 16, 3, {"p3": (8, 12), "p4": (4, 6)}),
+    "soft masks": (LgdConfig(soft_masks=True, num_heads=4), 16, 3, {"p3": (8, 12), "p5": (2, 3)}),
+    "own label": (LgdConfig(own_label=True, context_object=False, num_heads=2), 8, 3, {"p3": (8, 12)}),
     "masks": (LgdConfig(use_masks=True, context_object=False, num_heads=2), 8, 3, {"p3": (8, 12), "p5": (2, 3)}),
     "masks and context": (LgdConfig(use_masks=True, grid_offset=0.5, num_heads=2), 8, 3, {"p3": (8, 12)}),
     "detached": (LgdConfig(detach_appearance=True, num_heads=2), 8, 1, {"p4": (4, 6)}),

@@ -86,6 +86,37 @@ def test_cells_equal_rasterising_padding_and_resizing_the_whole_image(
         assert not found[level][2, :3].any(), "padding covers nothing"
 
 
+@pytest.mark.parametrize("bitmasks", [False, True])
+def test_a_soft_mask_is_the_share_of_each_cells_pixels_that_lie_on_the_object(bitmasks: bool) -> None:
+    first, second = blobs(6), blobs(3, seed=1)
+    gt = [image(first, bitmasks=bitmasks), empty(), image(second, bitmasks=bitmasks)]
+    sizes = {"p2": (16, 24), "p3": (8, 12), "p7": (1, 1)}
+    found = instance_masks(gt, PADDED_SIZE, sizes, context_object=False, grid_offset=0.0, device=CPU, soft=True)
+    for level, (height, width) in sizes.items():
+        for masks, polygons in ((found[level][0], first), (found[level][2, 3:], second)):
+            bitmaps = np.zeros((len(polygons), *PADDED_SIZE))
+            for bitmap, polygon in zip(bitmaps, polygons, strict=True):
+                bitmap[: IMAGE_SIZE[0], : IMAGE_SIZE[1]] = polygons_to_bitmask(polygon, *IMAGE_SIZE)
+            cells = bitmaps.reshape(len(polygons), height, PADDED_SIZE[0] // height, width, PADDED_SIZE[1] // width)
+            torch.testing.assert_close(masks, torch.from_numpy(cells.mean(axis=(2, 4))).float().flatten(1))
+        assert not found[level][1].any()
+        assert not found[level][2, :3].any()
+
+
+def test_soft_masks_of_a_box_and_of_a_polygon_equal_to_it_agree() -> None:
+    boxes = [[3.0, 5.0, 54.0, 38.0], [31.0, 17.0, 67.0, 59.0], [2.0, 42.0, 4.0, 43.0]]  # whole pixels
+    gt = [image([[rectangle(*box)] for box in boxes], boxes)]
+    objects = objects_from_instances(gt, PADDED_SIZE, num_classes=5, context_object=False, device=CPU)
+    by_mask = instance_masks(gt, PADDED_SIZE, MAP_SIZES, context_object=False, grid_offset=0.0, device=CPU, soft=True)
+    by_box = box_masks(objects, MAP_SIZES, soft=True)
+    for level in ("p2", "p3", "p7"):
+        torch.testing.assert_close(by_mask[level], by_box[level])
+    assert by_box["p7"][0, 2].item() == pytest.approx(2 / (64 * 96)), "no object is too small to be seen"
+    for level, (height, width) in MAP_SIZES.items():  # nothing is lost where cells are no whole number of pixels
+        area = by_box[level][0].sum(dim=-1) * (PADDED_SIZE[0] / height) * (PADDED_SIZE[1] / width)
+        torch.testing.assert_close(area, torch.tensor([(x2 - x1) * (y2 - y1) for x1, y1, x2, y2 in boxes]))
+
+
 def test_with_a_context_object_the_last_slot_covers_every_cell_of_every_image() -> None:
     found = covered([image(blobs(2)), empty()], context_object=True)
     for level in MAP_SIZES:
@@ -224,6 +255,11 @@ def test_empty_and_invisible_masks_give_finite_features_and_gradients(context_ob
     torch.cat([(t**3).flatten() for t in teacher.values()]).sum().backward()
     for name, parameter in distiller.implicit_teacher.named_parameters():
         assert parameter.grad.isfinite().all(), name
+
+
+def test_soft_masks_and_a_grid_offset_exclude_each_other() -> None:
+    with pytest.raises(LgdInputError, match="exclude each other"):
+        LgdConfig(soft_masks=True, grid_offset=0.5)
 
 
 def test_an_unknown_grid_offset_is_refused() -> None:
