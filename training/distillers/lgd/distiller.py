@@ -43,9 +43,9 @@ class LgdConfig:
         detach_appearance: Keep the teacher's detection loss away from the student's pyramid and backbone.
         query: What asks in the attention between appearance and labels.
         num_heads: Heads of that attention; divides the pyramid's channels.
-        own_label: Give each object its own label beside what attention reads from all labels of the image.
-            Deviation: the paper has attention alone, through which the teacher must first learn whose label is whose.
-            Meant for short schedules; that it helps a whole training has not been shown.
+        residual: Residual connections (He et al., CVPR 2016) around the label encoder, the attention and the mapper's
+            refinements. Deviation: the paper's teacher is plain, and needs a long schedule to learn whose label is
+            whose and to carry it through some twenty layers.
         teacher_trains_head: The teacher's detection losses train the student's head too, as in the paper. Without, the
             student learns as a plain one until distillation begins, and the teacher learns to speak to its head. No
             gain over the plain student has been shown.
@@ -62,7 +62,7 @@ class LgdConfig:
     detach_appearance: bool = False
     query: Query = "appearance"
     num_heads: int = 8
-    own_label: bool = False
+    residual: bool = False
     teacher_trains_head: bool = True
     loss_weight: float = 1.0
     distill_from_iter: int = 30_000
@@ -109,7 +109,7 @@ class LgdConfig:
                 detach_appearance=self.detach_appearance,
                 query=self.query,
                 num_heads=self.num_heads,
-                own_label=self.own_label,
+                residual=self.residual,
             ),
             channels=channels,
             num_classes=num_classes,

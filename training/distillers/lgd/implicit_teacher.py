@@ -26,7 +26,7 @@ class ImplicitTeacher(nn.Module):
         detach_appearance: The teacher's loss does not reach the student's features.
         query: See `RelationAdapter`.
         num_heads: See `RelationAdapter`.
-        own_label: See `RelationAdapter`.
+        residual: Residual connections around the label encoder, the attention and the mapper's refinements.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class ImplicitTeacher(nn.Module):
         detach_appearance: bool,
         query: Query,
         num_heads: int,
-        own_label: bool,
+        residual: bool,
     ) -> None:
         super().__init__()
         self.detach_appearance = detach_appearance
-        self.label_encoder = LabelEncoder(channels=channels, num_classes=num_classes, use_masks=use_masks)
-        self.appearance_encoder = AppearanceEncoder(channels=channels)
-        self.relation_adapter = RelationAdapter(
-            channels=channels, num_heads=num_heads, query=query, own_label=own_label
+        self.label_encoder = LabelEncoder(
+            channels=channels, num_classes=num_classes, use_masks=use_masks, residual=residual
         )
-        self.knowledge_mapper = KnowledgeMapper(channels=channels, context_object=context_object)
+        self.appearance_encoder = AppearanceEncoder(channels=channels)
+        self.relation_adapter = RelationAdapter(channels=channels, num_heads=num_heads, query=query, residual=residual)
+        self.knowledge_mapper = KnowledgeMapper(channels=channels, context_object=context_object, residual=residual)
 
     def forward(self, features: dict[str, Tensor], objects: ObjectBatch, masks: dict[str, Tensor]) -> dict[str, Tensor]:
         """{level: (N, C, Hl, Wl)} of the student -> the same of the teacher, in float32 at least.

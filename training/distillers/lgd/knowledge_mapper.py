@@ -9,22 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.distillers.lgd.normalization import normalize_samples
+from training.distillers.lgd.normalization import normalize_planes, normalize_samples
 
 
 class KnowledgeMapper(nn.Module):
     """(N, M, C) interacted embeddings and (N, M, Hl * Wl) masks -> (N, C, Hl, Wl) instructive features.
 
-    Every sample of the result has mean 0 and variance 1 by construction. All levels share the weights.
+    Every sample of the result, with `residual` every plane, has mean 0 and variance 1 by construction. All levels
+    share the weights.
 
     Args:
         channels: C.
         context_object: The last slot of each image is its context object, which is added to every cell instead of
             being painted. Without it there is no projection for it, so that no parameter goes without gradient.
+        residual: Each refinement adds to its input, and planes are normalised instead of samples, whose variance is at
+            first almost all between channels and hardly between cells.
     """
 
-    def __init__(self, *, channels: int, context_object: bool) -> None:
+    def __init__(self, *, channels: int, context_object: bool, residual: bool) -> None:
         super().__init__()
+        self.residual = residual
         self.object_projection = nn.Linear(channels, channels)
         self.context_projection = nn.Linear(channels, channels) if context_object else None
         self.spread = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
@@ -36,6 +40,10 @@ class KnowledgeMapper(nn.Module):
         else:
             features = self._painted_and_spread(interacted[:, :-1], masks[:, :-1], map_size)
             features = features + self.context_projection(interacted[:, -1])[..., None, None]
+        if self.residual:
+            for convolution in self.refinement:
+                features = features + normalize_planes(convolution(F.relu(features)))
+            return normalize_planes(features)
         for convolution in self.refinement:
             # A ReLU goes before each convolution: after the context was added, then after each normalisation.
             features = normalize_samples(convolution(F.relu(features, inplace=True)))

@@ -73,9 +73,10 @@ class LabelEncoder(nn.Module):
 
     Args:
         use_masks: The batches carry crops of the objects' masks.
+        residual: Add a linear map of each descriptor to its embedding.
     """
 
-    def __init__(self, *, channels: int, num_classes: int, use_masks: bool = False) -> None:
+    def __init__(self, *, channels: int, num_classes: int, use_masks: bool = False, residual: bool = False) -> None:
         super().__init__()
         self.num_classes = num_classes
         num_inputs = 4 + num_classes + (CROP_CELLS**2 if use_masks else 0)
@@ -87,14 +88,17 @@ class LabelEncoder(nn.Module):
             NormalizedLinear(128, GLOBAL_CHANNELS),
         )
         self.embedding = NormalizedLinear(LOCAL_CHANNELS + GLOBAL_CHANNELS, channels)
+        self.shortcut = nn.Linear(num_inputs, channels) if residual else None
 
     def forward(self, objects: ObjectBatch) -> Tensor:
         # Float32 throughout: two products with predicted matrices amplify rounding, and the whole costs little.
         with torch.autocast(objects.boxes.device.type, enabled=False):
-            descriptors = object_descriptors(objects, self.num_classes)
-            local = self.local(descriptors.to(self.embedding.weight.dtype))
+            descriptors = object_descriptors(objects, self.num_classes).to(self.embedding.weight.dtype)
+            local = self.local(descriptors)
             # Padding counts as 0 in the maximum, which is exact: the wide features end in a ReLU.
             wide = self.wide(local).masked_fill(~objects.is_object[..., None], 0.0)
             image_wide = wide.amax(dim=1, keepdim=True).expand_as(wide)
             embedding: Tensor = self.embedding(torch.cat((local, image_wide), dim=-1))
+            if self.shortcut is not None:
+                embedding = embedding + self.shortcut(descriptors)
         return embedding

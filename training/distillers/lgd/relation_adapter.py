@@ -26,13 +26,13 @@ class RelationAdapter(nn.Module):
         channels: C.
         num_heads: Heads of the attention; divides C.
         query: "appearance" asks with the appearance and reads labels (the paper's); "label" the other way round.
-        own_label: Add each object's own label embedding to what attention gives it.
+        residual: Add each object's own label embedding to what attention gives it.
     """
 
-    def __init__(self, *, channels: int, num_heads: int, query: Query, own_label: bool) -> None:
+    def __init__(self, *, channels: int, num_heads: int, query: Query, residual: bool) -> None:
         super().__init__()
         self.query = query
-        self.own_label = own_label
+        self.residual = residual
         self.label_projection = NormalizedLinear(channels, channels)
         self.attention = nn.MultiheadAttention(channels, num_heads, batch_first=True)
 
@@ -49,4 +49,4 @@ class RelationAdapter(nn.Module):
                 asking.flatten(0, 1), key, key, key_padding_mask=is_padding, need_weights=False
             )
             interacted = interacted.unflatten(0, (num_levels, -1))
-        return interacted + label if self.own_label else interacted
+        return interacted + label if self.residual else interacted

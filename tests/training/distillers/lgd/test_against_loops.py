@@ -89,20 +89,25 @@ class LoopTeacher:
 
     def label_embeddings(self, rows: list[LoopObject]) -> list[Tensor]:
         height, width = self.padded_size
-        local, wide = [], []
+        local, wide, descriptors = [], [], []
         for row in rows:
             x1, y1, x2, y2 = row.box
             code = [1.0 if k == row.class_id else 0.0 for k in range(self.num_classes)]
             values = [x1 / width, y1 / height, x2 / width, y2 / height, *code]
             values += self.crop(row) if self.config.use_masks else []
             x = torch.tensor([2 * value - 1 for value in values], dtype=torch.float64)
+            descriptors.append(x)
             x = self.layer("label_encoder.local.1", self.transform("label_encoder.local.0", x))
             local.append(self.transform("label_encoder.local.2", x))
             wide.append(self.layer("label_encoder.wide.1", self.layer("label_encoder.wide.0", local[-1])))
         image_wide = wide[0]
         for other in wide[1:]:
             image_wide = torch.maximum(image_wide, other)
-        return [self.layer("label_encoder.embedding", torch.cat((x, image_wide))) for x in local]
+        embeddings = [self.layer("label_encoder.embedding", torch.cat((x, image_wide))) for x in local]
+        if not self.config.residual:
+            return embeddings
+        direct = [self.linear("implicit_teacher.label_encoder.shortcut", x) for x in descriptors]
+        return [embedding + added for embedding, added in zip(embeddings, direct, strict=True)]
 
     def shares(self, row: LoopObject, map_height: int, map_width: int) -> dict[tuple[int, int], float]:
         """How much of each cell the object covers, of those that it covers."""
@@ -188,7 +193,7 @@ class LoopTeacher:
         labels = [self.layer("relation_adapter.label_projection", u) for u in self.label_embeddings(rows)]
         asking, answering = (appearance, labels) if self.config.query == "appearance" else (labels, appearance)
         interacted = [self.attend(query, answering) for query in asking]
-        if self.config.own_label:
+        if self.config.residual:
             interacted = [read + label for read, label in zip(interacted, labels, strict=True)]
 
         mapper = "implicit_teacher.knowledge_mapper"
@@ -204,8 +209,12 @@ class LoopTeacher:
         if self.config.context_object:
             result = result + self.linear(f"{mapper}.context_projection", interacted[-1])[:, None, None]
         for index in range(3):
-            result = standardized(self.convolution(f"{mapper}.refinement.{index}", result.clamp(min=0)))
-        return result
+            refined = self.convolution(f"{mapper}.refinement.{index}", result.clamp(min=0))
+            if self.config.residual:
+                result = result + torch.stack([standardized(plane) for plane in refined])
+            else:
+                result = standardized(refined)
+        return torch.stack([standardized(plane) for plane in result]) if self.config.residual else result
 
     def adapted(self, features: Tensor) -> Tensor:
         for index in (0, 2):
@@ -252,7 +261,7 @@ CASES = {
     "no context": (LgdConfig(context_object=False), 32, 5, PYRAMID),
     "middles of cells": (LgdConfig(grid_offset=0.5, num_heads=4), 16, 3, {"p3": (8, 12), "p4": (4, 6)}),
     "soft masks": (LgdConfig(soft_masks=True, num_heads=4), 16, 3, {"p3": (8, 12), "p5": (2, 3)}),
-    "own label": (LgdConfig(own_label=True, context_object=False, num_heads=2), 8, 3, {"p3": (8, 12)}),
+    "residual": (LgdConfig(residual=True, num_heads=2), 8, 3, {"p3": (8, 12), "p5": (2, 3)}),
     "masks": (LgdConfig(use_masks=True, context_object=False, num_heads=2), 8, 3, {"p3": (8, 12), "p5": (2, 3)}),
     "masks and context": (LgdConfig(use_masks=True, grid_offset=0.5, num_heads=2), 8, 3, {"p3": (8, 12)}),
     "detached": (LgdConfig(detach_appearance=True, num_heads=2), 8, 1, {"p4": (4, 6)}),

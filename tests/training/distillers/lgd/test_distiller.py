@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from training.distillers.lgd.distiller import LabelGuidedDistiller, LgdConfig
 from training.distillers.lgd.objects import LgdInputError, objects_from_instances
-from training.distillers.lgd.relation_adapter import RelationAdapter
 
 SIZE = (128, 96)
 LEVELS = {"p3": (16, 12), "p4": (8, 6), "p5": (4, 3)}
@@ -289,17 +288,3 @@ def test_the_teacher_overfits_labels_that_the_student_cannot_see(labels: Labels)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.25 * losses[0]
-
-
-def test_with_its_own_label_an_object_has_that_beside_what_attention_reads() -> None:
-    settings = {"channels": CHANNELS, "num_heads": 4, "query": "appearance"}
-    plain, own = RelationAdapter(**settings, own_label=False), RelationAdapter(**settings, own_label=True)
-    own.load_state_dict(plain.state_dict())
-    appearance, labels = torch.randn(2, 3, 5, CHANNELS), torch.randn(3, 5, CHANNELS)
-    is_object = torch.tensor([[True] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]])
-    added = own(appearance, labels, is_object) - plain(appearance, labels, is_object)
-    projected = torch.relu(
-        torch.layer_norm(labels @ own.label_projection.weight.T + own.label_projection.bias, [CHANNELS])
-    )
-    for level in added:
-        torch.testing.assert_close(level, projected, rtol=1e-5, atol=1e-6)
