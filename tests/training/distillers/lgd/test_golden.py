@@ -27,8 +27,16 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module", params=[torch.contiguous_format, torch.channels_last], ids=str)
+def memory_format(request: pytest.FixtureRequest) -> torch.memory_format:
+    """Training's is channels-last."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def computed(case: str, fill_by_rule: Callable, labels: Callable) -> dict[str, np.ndarray]:
+def computed(
+    case: str, memory_format: torch.memory_format, fill_by_rule: Callable, labels: Callable
+) -> dict[str, np.ndarray]:
     """Every recorded array, computed by this project from the same parameters, labels and features."""
     with np.load(COMPACT / f"{case}.npz") as golden:
         size = (int(golden["size"][0]), int(golden["size"][1]))
@@ -42,13 +50,13 @@ def computed(case: str, fill_by_rule: Callable, labels: Callable) -> dict[str, n
     config = LgdConfig(context_object=has_context, detach_appearance=not has_context)
     distiller = config.build(channels=256, num_classes=80, level_names=list(features))
     fill_by_rule(distiller)
+    distiller.to(memory_format=memory_format)
     embeddings = []
     distiller.implicit_teacher.label_encoder.register_forward_hook(
         lambda _, inputs, output: embeddings.append(output[inputs[0].is_object])
     )
 
-    for feature in features.values():
-        feature.requires_grad_()
+    features = {level: x.contiguous(memory_format=memory_format).requires_grad_() for level, x in features.items()}
     teacher = distiller.teacher_features(features, gt_instances, size)
     loss = distiller.distillation_loss(features, teacher, distill=True)
     inputs = list(features.values())
