@@ -1,10 +1,12 @@
 """Whether LGD pays: baseline and LGD on the same data, schedule and seeds, and a sweep of LGD's own settings.
 
-    python bench/distillation_gain.py [--recipe embedded] [--seeds 3] [--sweep] [section.key=value ...] [--write NAME]
+    python bench/distillation_gain.py [--recipe embedded] [--seeds 3] [--sweep] [--ablate] [section.key=value ...]
+        [--write NAME]
 
 Everything is trained by ``python -m pipeline compare``, so an interrupted call goes on where it stopped and a training
 that another call has done is not repeated. Overrides hold for all trainings. ``--sweep`` adds one training (seed 0) for
-each loss weight, and for each fraction of the training at which distillation begins, in the lists below.
+each loss weight, and for each fraction of the training at which distillation begins, in the lists below. ``--ablate``
+adds one with each of the recipe's deviations from the paper taken back, and one with all of them taken back.
 
 Two questions are answered in so many words: is LGD ahead by more than the spread (the paired difference's 95 % interval
 lies above 0), and is the implicit teacher at least 10 AP above its student.
@@ -26,9 +28,11 @@ from rich.console import Console  # noqa: E402
 
 from pipeline import recipe as recipes  # noqa: E402
 from pipeline.compare import JSON_FILE, compare  # noqa: E402
+from training.distillers import LgdConfig  # noqa: E402
 
-LOSS_WEIGHTS = (0.3, 3.0, 10.0)
-DISTILL_FROM_FRACTIONS = (0.2, 0.6, 0.8)
+LOSS_WEIGHTS = (0.3, 3.0)
+DISTILL_FROM_FRACTIONS = (0.25, 0.75)
+DEVIATIONS = ("residual", "soft_masks", "teacher_trains_head")
 MIN_TEACHER_LEAD = 10.0
 
 
@@ -39,10 +43,14 @@ def main() -> None:
     )
     baseline, lgd = gain["rows"]
     result = {"overrides": arguments.overrides, "rows": [_row(baseline), _row(lgd)], "answers": answers(lgd)}
-    if arguments.sweep:
-        swept = compared(arguments, variants(arguments), 1, f"{arguments.name}-sweep")
-        result["sweep"] = [_row(row) for row in swept["rows"]]
-    for row in result["rows"] + result.get("sweep", []):
+    for part, wanted, contenders in (
+        ("sweep", arguments.sweep, variants(arguments)),
+        ("ablation", arguments.ablate, ablations(arguments)),
+    ):
+        if wanted:
+            found = compared(arguments, contenders, 1, f"{arguments.name}-{part}")
+            result[part] = [_row(row) for row in found["rows"]]
+    for row in result["rows"] + result.get("sweep", []) + result.get("ablation", []):
         print(_line(row))
     print(json.dumps(result["answers"], indent=1))
     if arguments.write:
@@ -70,6 +78,17 @@ def variants(arguments: argparse.Namespace) -> list[str]:
             for fraction in DISTILL_FROM_FRACTIONS
         ),
     ]
+
+
+def ablations(arguments: argparse.Namespace) -> list[str]:
+    """The recipe, it with each of its deviations from the paper taken back, and with all of them taken back."""
+    used, paper = recipes.load(arguments.recipe, arguments.overrides).sections["distiller"], LgdConfig()
+    back = [
+        f"distiller.{name}={str(getattr(paper, name)).lower()}"
+        for name in DEVIATIONS
+        if getattr(used, name) != getattr(paper, name)
+    ]
+    return [arguments.recipe, *(f"{arguments.recipe},{change}" for change in back), ",".join([arguments.recipe, *back])]
 
 
 def answers(lgd: dict[str, Any]) -> dict[str, Any]:
@@ -114,6 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recipe", default="embedded", help="a recipe's name or file that trains with LGD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--ablate", action="store_true")
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--name", default="gain", help="of the comparison's folder")
     parser.add_argument("--write", metavar="NAME", help="keep the result in bench/results/NAME.json")
