@@ -11,7 +11,8 @@ The sizes are meant for about 1,800 images in COCO format, longest side about 40
 scale. For another number of images scale ``training.max_iter``, ``training.lr_decay_iters``,
 ``distiller.distill_from_iter`` and ``distiller.freeze_backbone_until_iter`` together.
 Hardware: one GPU that computes in bfloat16, 24 GB or more (not measured); ``training.accumulate_batches=4`` for less.
-Results: neither a baseline nor LGD is published at this size. The schedule has the ratios of the paper's 1x schedule.
+Results: neither a baseline nor LGD is published at this size. The schedule has the ratios of the paper's 1x schedule,
+but for LGD, which is set as for the embedded recipe (docs/training.md, "LGD on a short schedule").
 Weights: torchvision's, from detectron2's zoo; ``training.init_checkpoint=FILE`` takes a local copy or a state dict of
 torchvision's ``resnet50``. For timm's weights copy this file, with ``timm_backbone("resnet50", weights="timm",
 freeze_norm=True)`` in place of ``resnet(…)`` and without ``init_checkpoint``.
@@ -43,7 +44,14 @@ training = L(TrainingConfig)(
     precision="bf16",
     init_checkpoint=TORCHVISION_R50,
 )
-distiller = L(LgdConfig)(detach_appearance=True, distill_from_iter=330, freeze_backbone_until_iter=165)
+distiller = L(LgdConfig)(
+    detach_appearance=True,
+    soft_masks=True,
+    residual=True,
+    teacher_trains_head=False,
+    distill_from_iter=750,
+    freeze_backbone_until_iter=165,
+)
 export = L(ExportConfig)(canvas=[320, 544], short_edge_pixels=320, max_edge_pixels=533)
 parity = L(ParityConfig)()
 serving = L(ServingConfig)(model_name="own_retinanet_r50_320_fp32")
