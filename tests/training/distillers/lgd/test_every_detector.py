@@ -324,24 +324,26 @@ def test_a_single_object_without_context_makes_the_teacher_deaf_to_the_student(f
     assert reached(module, loss) == {"head", "teacher", "pyramid", "bottom-up"}
 
 
-def test_told_the_labels_the_teachers_losses_drop_much_faster_than_the_students() -> None:
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS", "PaperFCOS", "ATSS"])
+def test_told_the_labels_the_teacher_learns_to_classify_much_faster_than_the_student(family: str) -> None:
     """Four labels of one and the same image: only the teacher can tell them apart, if it paints them where they are.
 
-    RetinaNet alone. On four images that differ, no family's teacher learned faster than its student in 100 iterations.
+    Four images that differ are no test of it: their student learns them by heart within the 100 iterations. Neither are
+    the two-stage detectors: labelled boxes are among the proposals, from which their student can tell labels apart.
     """
-    module = distilled("RetinaNet", distill_from_iter=100)
+    module = distilled(family, distill_from_iter=100)
     boxes = [*BOXES, [90.0, 10.0, 140.0, 60.0]]
     inputs = batch(*(labelled([box], [class_id]) for class_id, box in enumerate(boxes)))
     for each in inputs:
         each["image"] = inputs[0]["image"]
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
+    name = "loss_fcos_cls" if family == "FCOS" else "loss_cls"
     student, teacher = [], []
     for iteration in range(100):
         losses = losses_of(module, inputs, seed=iteration)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         optimizer.step()
-        teacher.append(sum(loss.item() for name, loss in losses.items() if name.endswith(".tea")))
-        student.append(losses["loss_cls"].item() + losses["loss_box_reg"].item())
-    assert teacher[0] == pytest.approx(student[0], rel=0.2)
-    assert sum(teacher[-10:]) < 0.65 * sum(student[-10:])
+        student.append(losses[name].item())
+        teacher.append(losses[f"{name}.tea"].item())
+    assert sum(teacher[-10:]) < 0.6 * sum(student[-10:])
