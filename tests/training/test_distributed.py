@@ -34,10 +34,14 @@ class FixedNormalizer(RetinaNet):
 
 
 def student(kind: str, num_shares: int) -> nn.Module:
-    """``"retinanet"`` with a fixed normaliser, or ``"paper_fcos"``, whose normalisers are means over the processes."""
+    """``"retinanet"`` with a fixed normaliser, or ``"paper_fcos"``, whose normalisers are means over the processes.
+
+    Two norm groups: of the two values that a group of few channels has on the smallest level, normalisation keeps
+    little but the sign of their difference, and rounding, which the processes do not share, decides it at times.
+    """
     if kind == "paper_fcos":
         tree = recipe_parts.paper_fcos(
-            recipe_parts.timm_backbone("mobilenetv2_035", weights=None, freeze_norm=True), channels=32, norm_groups=16
+            recipe_parts.timm_backbone("mobilenetv2_035", weights=None, freeze_norm=True), channels=32, norm_groups=2
         )
         return build_student(tree, NUM_CLASSES, seed=0)
     detector = build_tiny_retinanet(num_classes=NUM_CLASSES, channels=16)
