@@ -11,8 +11,8 @@ The sizes are meant for about 1,800 images in COCO format, longest side about 40
 scale. For another number of images scale ``training.max_iter``, ``training.lr_decay_iters``,
 ``distiller.distill_from_iter`` and ``distiller.freeze_backbone_until_iter`` together.
 Hardware: one GPU that computes in bfloat16, 24 GB or more (not measured); ``training.accumulate_batches=4`` for less.
-Results: neither a baseline nor LGD is published at this size. The schedule has the ratios of the paper's 1x schedule,
-but for LGD, which is set as for the embedded recipe (docs/training.md, "LGD on a short schedule").
+Results: neither a baseline nor LGD is published at this size. The schedule has the ratios of the paper's 1x schedule;
+LGD's teacher is the one for short schedules (docs/training.md).
 Weights: torchvision's, from detectron2's zoo; ``training.init_checkpoint=FILE`` takes a local copy or a state dict of
 torchvision's ``resnet50``. For timm's weights copy this file, with ``timm_backbone("resnet50", weights="timm",
 freeze_norm=True)`` in place of ``resnet(…)`` and without ``init_checkpoint``.
@@ -49,7 +49,7 @@ distiller = L(LgdConfig)(
     soft_masks=True,
     residual=True,
     teacher_trains_head=False,
-    distill_from_iter=750,
+    distill_from_iter=330,
     freeze_backbone_until_iter=165,
 )
 export = L(ExportConfig)(canvas=[320, 544], short_edge_pixels=320, max_edge_pixels=533)
