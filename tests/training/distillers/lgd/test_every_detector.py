@@ -328,8 +328,9 @@ def test_a_single_object_without_context_makes_the_teacher_deaf_to_the_student(f
 def test_told_the_labels_the_teacher_learns_to_classify_much_faster_than_the_student(family: str) -> None:
     """Four labels of one and the same image: only the teacher can tell them apart, if it paints them where they are.
 
-    Four images that differ are no test of it: their student learns them by heart within the 100 iterations. Neither are
-    the two-stage detectors: labelled boxes are among the proposals, from which their student can tell labels apart.
+    Narrower than "4 images, 100 iterations, all losses drop much faster", which does not hold in any family: on four
+    images that differ the student's losses drop as fast. The sums of losses hardly differ here either where centerness
+    is among them. Two-stage teachers are not ahead after 100 iterations; why is not settled.
     """
     module = distilled(family, distill_from_iter=100)
     boxes = [*BOXES, [90.0, 10.0, 140.0, 60.0]]
