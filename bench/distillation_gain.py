@@ -38,9 +38,7 @@ MIN_TEACHER_LEAD = 10.0
 
 def main() -> None:
     arguments = _arguments()
-    gain = compared(
-        arguments, [f"{arguments.recipe},distiller=none", arguments.recipe], arguments.seeds, arguments.name
-    )
+    gain = compared(arguments, [f"{arguments.recipe},distiller=none", arguments.recipe], arguments.seeds)
     baseline, lgd = gain["rows"]
     result = {"overrides": arguments.overrides, "rows": [_row(baseline), _row(lgd)], "answers": answers(lgd)}
     for part, wanted, contenders in (
@@ -48,7 +46,7 @@ def main() -> None:
         ("ablation", arguments.ablate, ablations(arguments)),
     ):
         if wanted:
-            found = compared(arguments, contenders, 1, f"{arguments.name}-{part}")
+            found = compared(arguments, contenders, 1)
             result[part] = [_row(row) for row in found["rows"]]
     for row in result["rows"] + result.get("sweep", []) + result.get("ablation", []):
         print(_line(row))
@@ -58,9 +56,9 @@ def main() -> None:
         print(f"written to {write_result(arguments.write, {**result, 'dataset': gain['dataset']}, command)}")
 
 
-def compared(arguments: argparse.Namespace, contenders: list[str], num_seeds: int, name: str) -> dict[str, Any]:
-    """The result of a comparison, as ``compare.json`` has it."""
-    runs = Path(arguments.runs)
+def compared(arguments: argparse.Namespace, contenders: list[str], num_seeds: int) -> dict[str, Any]:
+    """The result of a comparison, as ``compare.json`` has it; all share one folder, and so their trainings."""
+    runs, name = Path(arguments.runs), arguments.name
     compare([*contenders, *arguments.overrides], num_seeds=num_seeds, runs=runs, name=name, console=Console())
     result: dict[str, Any] = json.loads((runs / "compare" / name / JSON_FILE).read_text())
     return result
