@@ -39,6 +39,8 @@ def test_centerness_comes_from_the_box_tower_and_each_level_has_its_scale() -> N
 def test_groups_that_do_not_divide_the_channels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"norm_groups is 32, which does not divide its 48 channels"):
         LocationHead(channels=48, num_classes=2)
+    with pytest.raises(ValueError, match=r"norm_groups is 0, which does not divide its 48 channels"):
+        LocationHead(channels=48, num_classes=2, norm_groups=0)
 
 
 def test_groups_of_one_channel_which_a_level_of_one_cell_cannot_normalise_are_refused() -> None:

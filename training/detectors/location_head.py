@@ -54,7 +54,7 @@ class LocationHead(nn.Module):
         prior_prob: float = 0.01,
     ) -> None:
         super().__init__()
-        if channels % norm_groups:
+        if norm_groups < 1 or channels % norm_groups:
             raise ValueError(
                 f"the head's norm_groups is {norm_groups}, which does not divide its {channels} channels; "
                 "choose a divisor"
