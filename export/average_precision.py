@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -19,11 +20,31 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from export.average_precision_interval import ClassMatches, class_matches
 from export.signature import Detections
 
 Segmentations = Mapping[int, Sequence[dict[str, Any]]]  # by image id, in COCO's run-length encoding
 
+Task = Literal["bbox", "segm"]
+
+TASKS: Mapping[str, Task] = {"": "bbox", "segm_": "segm"}  # by the prefix of their metrics
 _ROWS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5, "AR100": 8}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """COCO's verdict on detections.
+
+    Attributes:
+        scores: ``AP, AP50, AP75, APs, APm, APl, AR100`` in percent, NaN where there is no ground truth of that size;
+            with masks also ``segm_AP`` and so on, of the masks.
+        per_class: under ``AP``, and with masks ``segm_AP``, that of each category id in percent; NaN without objects.
+        matches: under the same names, what AP on resampled images is computed from, a class each, by category id.
+    """
+
+    scores: dict[str, float]
+    per_class: dict[str, dict[int, float]]
+    matches: dict[str, list[ClassMatches]]
 
 
 def average_precision(
@@ -31,8 +52,8 @@ def average_precision(
     detections: Mapping[int, Detections],
     category_ids: Sequence[int],
     segmentations: Segmentations | None = None,
-) -> dict[str, float]:
-    """COCO box AP over every image of the annotation file, and mask AP where there are masks.
+) -> Evaluation:
+    """Evaluate boxes, and masks where there are any, over every image of the annotation file.
 
     Args:
         annotation_file: COCO-format ground truth.
@@ -40,25 +61,20 @@ def average_precision(
             detections, so a subset of images needs an annotation file of its own.
         category_ids: the data set's category id of each label.
         segmentations: of each image, the masks of its detections, in their order.
-
-    Returns:
-        ``AP, AP50, AP75, APs, APm, APl, AR100`` in percent; NaN where there is no ground truth of that size. With
-        ``segmentations`` also ``segm_AP`` and so on, of the masks.
     """
     results = coco_results(detections, category_ids, segmentations)
-    stats = _evaluated(annotation_file, results, category_ids, "bbox").stats
-    scores = {name: _percent(stats[row]) for name, row in _ROWS.items()}
-    if segmentations is not None:
-        stats = _evaluated(annotation_file, results, category_ids, "segm").stats
-        scores |= {f"segm_{name}": _percent(stats[row]) for name, row in _ROWS.items()}
-    return scores
+    found = Evaluation(scores={}, per_class={}, matches={})
+    for prefix, task in TASKS.items():
+        if task == "segm" and segmentations is None:
+            continue
+        evaluator = _evaluated(annotation_file, results, category_ids, task)
+        found.scores.update({f"{prefix}{name}": _percent(evaluator.stats[row]) for name, row in _ROWS.items()})
+        found.per_class[f"{prefix}AP"] = _per_class(evaluator)
+        found.matches[f"{prefix}AP"] = class_matches(evaluator)
+    return found
 
 
-def per_class_average_precision(
-    annotation_file: Path, detections: Mapping[int, Detections], category_ids: Sequence[int]
-) -> dict[int, float]:
-    """COCO box AP of each category id in percent; NaN where a class has no ground truth."""
-    evaluator = _evaluated(annotation_file, coco_results(detections, category_ids), category_ids, "bbox")
+def _per_class(evaluator: COCOeval) -> dict[int, float]:
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # (T, P, K), all areas, 100 detections
     result = {}
     for index, category_id in enumerate(evaluator.params.catIds):
@@ -98,7 +114,7 @@ def compressed_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _evaluated(
-    annotation_file: Path, results: list[dict[str, Any]], category_ids: Sequence[int], task: Literal["bbox", "segm"]
+    annotation_file: Path, results: list[dict[str, Any]], category_ids: Sequence[int], task: Task
 ) -> COCOeval:
     truth = COCO()
     truth.dataset = json.loads(annotation_file.read_text())
@@ -121,7 +137,7 @@ def _evaluated(
     return evaluator
 
 
-def _judged_by(results: list[dict[str, Any]], task: Literal["bbox", "segm"]) -> list[dict[str, Any]]:
+def _judged_by(results: list[dict[str, Any]], task: Task) -> list[dict[str, Any]]:
     """Copies, as pycocotools adds to them, with either the box or the mask, from which it takes the area."""
     geometry = {"bbox": "bbox", "segm": "segmentation"}[task]
     return [{key: result[key] for key in ("image_id", "category_id", "score", geometry)} for result in results]

@@ -17,7 +17,14 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
-from export.graph_parts import InferenceSettings, boxes_from_deltas, on_canvas
+from export.graph_parts import (
+    DetectorGraph,
+    InferenceSettings,
+    Outputs,
+    boxes_from_deltas,
+    named_levels,
+    on_canvas,
+)
 from export.nms import greedy_nms, rows
 from export.signature import DetectorSignature
 from training.detectors.location_detector import LocationDetector
@@ -61,14 +68,14 @@ def location_graph(detector: LocationDetector, signature: DetectorSignature) -> 
     return DenseGraph(detector, signature, LocationDecoder(detector, points, strides))
 
 
-class DenseGraph(nn.Module):
+class DenseGraph(DetectorGraph):
     """A dense detector from uint8 canvas to detections; ``forward`` is what is exported.
 
     Args:
         detector: shares its backbone and head with the graph; set to eval mode.
         signature: canvas, thresholds and number of detections.
         decoder: called with a level's index and the head's outputs on it; returns the level's :data:`Candidates`, those
-            below the threshold with score 0.
+            below the threshold with score 0. Its ``head_tensor_names`` names the head's outputs.
     """
 
     def __init__(self, detector: DenseDetector, signature: DetectorSignature, decoder: nn.Module) -> None:
@@ -76,14 +83,14 @@ class DenseGraph(nn.Module):
         self.backbone = detector.backbone
         self.head = detector.head
         self.decoder = decoder
+        self.head_tensor_names = decoder.head_tensor_names
         self.head_in_features = tuple(detector.head_in_features)
         self.signature = signature
         self.register_buffer("mean", detector.pixel_mean.detach().clone().float())
         self.register_buffer("std", detector.pixel_std.detach().clone().float())
         self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """See :func:`export.detector_graph.detector_graph`."""
+    def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         features = self.backbone((images.float() - self.mean) / self.std)
         outputs = self.head([features[name] for name in self.head_in_features])
         levels = [self.decoder(level, *predicted) for level, predicted in enumerate(zip(*outputs, strict=True))]
@@ -95,7 +102,7 @@ class DenseGraph(nn.Module):
             iou_threshold=self.signature.nms_threshold,
             max_detections=self.signature.max_detections,
         )
-        return on_canvas(boxes, scores, labels, self.signature)
+        return on_canvas(boxes, scores, labels, self.signature), named_levels(self.head_tensor_names, outputs)
 
 
 class DeltaDecoder(nn.Module):
@@ -104,6 +111,8 @@ class DeltaDecoder(nn.Module):
     Args:
         anchors: per level (h * w * A, 4) xyxy pixels.
     """
+
+    head_tensor_names = ("class_logits", "box_deltas")
 
     def __init__(self, detector: RetinaNet, anchors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -133,6 +142,8 @@ class FcosDecoder(nn.Module):
         units: per level (h * w,), what the head's distances are multiplied by to be pixels.
     """
 
+    head_tensor_names = ("class_logits", "box_distances", "centerness")
+
     def __init__(self, detector: FCOS, points: Sequence[Tensor], units: Sequence[Tensor]) -> None:
         super().__init__()
         self.num_classes = detector.num_classes
@@ -156,6 +167,8 @@ class LocationDecoder(nn.Module):
         points: per level (h * w, 2), x and y in pixels.
         strides: per level (h * w,), the unit of the head's distances in pixels.
     """
+
+    head_tensor_names = ("class_logits", "box_distances", "centerness")
 
     def __init__(self, detector: LocationDetector, points: Sequence[Tensor], strides: Sequence[Tensor]) -> None:
         super().__init__()

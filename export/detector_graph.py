@@ -16,7 +16,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
 from export.dense_graph import dense_settings, fcos_graph, location_graph, retinanet_graph
-from export.graph_parts import InferenceSettings
+from export.graph_parts import DetectorGraph, InferenceSettings
 from export.signature import DetectorSignature
 from export.two_stage_graph import two_stage_graph, two_stage_settings, why_unsupported
 from training.detectors.location_detector import LocationDetector
@@ -39,7 +39,7 @@ class Family(NamedTuple):
         refusal: what a detector of the class has that the graph cannot do; None for nothing.
     """
 
-    graph: Callable[[Any, DetectorSignature], nn.Module]
+    graph: Callable[[Any, DetectorSignature], DetectorGraph]
     settings: Callable[[Any], InferenceSettings]
     refusal: Callable[[Any], str | None] = lambda detector: None
 
@@ -52,7 +52,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
 }
 
 
-def detector_graph(detector: nn.Module, signature: DetectorSignature) -> nn.Module:
+def detector_graph(detector: nn.Module, signature: DetectorSignature) -> DetectorGraph:
     """Build the export graph of a stock detector.
 
     The graph shares the detector's parameters, sets it to eval mode and lives on its device.

@@ -9,10 +9,43 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.nms import rows
 from export.signature import DetectorSignature
+
+HEAD_PREFIX = "head/"
+Outputs = tuple[Tensor, ...]
+
+
+def named_levels(names: Sequence[str], outputs: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """A head's outputs, each a list over levels, as ``head/<name>/<level>``, the finest level being 0."""
+    return {
+        f"{HEAD_PREFIX}{name}/{level}": tensor
+        for name, levels in zip(names, outputs, strict=True)
+        for level, tensor in enumerate(levels)
+    }
+
+
+class DetectorGraph(nn.Module):
+    """An export graph: uint8 canvases (N, 3, H, W) → the signature's outputs in their order.
+
+    Attributes:
+        head_tensor_names: what the outputs of the detector's head are, in their order.
+    """
+
+    head_tensor_names: tuple[str, ...]
+
+    def forward(self, images: Tensor) -> Outputs:
+        """See :func:`export.detector_graph.detector_graph`."""
+        return self.with_head_tensors(images)[0]
+
+    def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
+        """The same, and what the head predicts on each level, before anything is ranked or decoded.
+
+        The names are those of :func:`named_levels`; in an exported file they are the names of the values.
+        """
+        raise NotImplementedError
 
 
 class InferenceSettings(NamedTuple):

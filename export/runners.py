@@ -103,7 +103,7 @@ class OnnxRuntimeRunner(Runner):
             options.intra_op_num_threads = num_threads
         self.signature = signature
         self._session = onnxruntime.InferenceSession(
-            str(onnx_path), options, providers=_usable_providers() if providers is None else list(providers)
+            str(onnx_path), options, providers=usable_providers() if providers is None else list(providers)
         )
 
     @property
@@ -121,7 +121,7 @@ class OnnxRuntimeRunner(Runner):
         del self._session
 
 
-def _usable_providers() -> list[Any]:
+def usable_providers() -> list[Any]:
     """CUDA with true float32 where the build has it and a device answers, then the CPU."""
     cpu = "CPUExecutionProvider"
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not _has_nvidia_gpu():

@@ -20,7 +20,14 @@ from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIH
 from torch import Tensor, nn
 
 from export.dense_graph import by_location, top_pairs, zero_below
-from export.graph_parts import InferenceSettings, boxes_from_deltas, on_canvas
+from export.graph_parts import (
+    DetectorGraph,
+    InferenceSettings,
+    Outputs,
+    boxes_from_deltas,
+    named_levels,
+    on_canvas,
+)
 from export.nms import greedy_nms, rows
 from export.roi_pooling import PyramidPooling, evenly, in_chunks, maps_of
 from export.signature import DetectorSignature
@@ -69,7 +76,7 @@ def two_stage_graph(detector: GeneralizedRCNN, signature: DetectorSignature) -> 
 
 
 class Proposals(nn.Module):
-    """detectron2's RPN: features of the pyramid → boxes (N, R1, 4) and how many of them there are (N, 1).
+    """detectron2's RPN: features of the pyramid → boxes (N, R1, 4), how many there are (N, 1), the head's outputs.
 
     Args:
         features: of an empty canvas, for the anchors, which are constants.
@@ -86,7 +93,7 @@ class Proposals(nn.Module):
         for level, boxes in enumerate(rpn.anchor_generator([features[name] for name in self.in_features])):
             self.register_buffer(f"anchors_{level}", boxes.tensor.float())
 
-    def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, tuple[list[Tensor], list[Tensor]]]:
         outputs = self.head([features[name] for name in self.in_features])
         levels = [self._candidates(level, *predicted) for level, predicted in enumerate(zip(*outputs, strict=True))]
         boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
@@ -96,7 +103,7 @@ class Proposals(nn.Module):
         boxes, scores, _ = greedy_nms(
             boxes, scores, labels, iou_threshold=self.nms_threshold, max_detections=self.num_proposals
         )
-        return boxes, (scores > 0).sum(dim=1, keepdim=True).int()
+        return boxes, (scores > 0).sum(dim=1, keepdim=True).int(), outputs
 
     def _candidates(self, level: int, logits: Tensor, deltas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, A, h, w) and (N, A * 4, h, w) → the level's boxes (N, M, 4), scores (N, M), and the level as labels."""
@@ -107,14 +114,18 @@ class Proposals(nn.Module):
         return boxes, positive_from_logits(top_logits.float()), torch.full_like(labels, level)
 
 
-class TwoStageGraph(nn.Module):
+class TwoStageGraph(DetectorGraph):
     """A two-stage detector from uint8 canvas to detections; ``forward`` is what is exported.
+
+    Its head tensors are the proposals': those of the box head depend on which proposals come first.
 
     Args:
         detector: shares its backbone and heads with the graph; set to eval mode.
         proposals: the first stage.
         grids: (h, w) of each level on the canvas.
     """
+
+    head_tensor_names = ("objectness_logits", "anchor_deltas")
 
     def __init__(
         self,
@@ -141,19 +152,19 @@ class TwoStageGraph(nn.Module):
         self.register_buffer("std", detector.pixel_std.detach().clone().float())
         self.eval()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """See :func:`export.detector_graph.detector_graph`."""
+    def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         features = self.backbone((images.float() - self.mean) / self.std)
-        proposals, num_proposals = self.proposals(features)
+        proposals, num_proposals, predicted = self.proposals(features)
         boxes, scores, labels = greedy_nms(
             *self._boxes_of_classes(features, proposals, num_proposals),
             iou_threshold=self.signature.nms_threshold,
             max_detections=self.signature.max_detections,
         )
         num_detections, boxes, scores, labels = on_canvas(boxes, scores, labels, self.signature)
-        if self.signature.mask_size is None:
-            return num_detections, boxes, scores, labels
-        return num_detections, boxes, scores, labels, self._masks(features, boxes, labels, num_detections)
+        outputs: Outputs = (num_detections, boxes, scores, labels)
+        if self.signature.mask_size is not None:
+            outputs += (self._masks(features, boxes, labels, num_detections),)
+        return outputs, named_levels(self.head_tensor_names, predicted)
 
     def _boxes_of_classes(
         self, features: dict[str, Tensor], proposals: Tensor, num_proposals: Tensor

@@ -1,10 +1,10 @@
-"""The accuracy table from eager PyTorch to the served answer."""
+"""Measure the ladder: every rung on the validation images, its row, its gates, and the first that loses."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from export.average_precision import (
-    Segmentations,
-    average_precision,
-    coco_results,
-    compressed_mask,
-    per_class_average_precision,
-)
+from export.average_precision import Segmentations, coco_results, compressed_mask
+from export.ladder import Comparison, Floor, Measured, Rung, compared, measured
 from export.parity import MatchResult, ParityConfig, combined, match_detections
 from export.runners import Runner
 from export.signature import Detections, DetectorSignature
-from pipeline.artifact import digest
+from pipeline.artifact import Artifact, digest
+from pipeline.changed_images import draw_changed_images
+from pipeline.detection_files import detections_by_image, rung_file, segmentations_by_image
 from pipeline.stage import Gate, StageContext
 from pipeline.training_stages import STUDENT_CHECKPOINT
 from serving.mask_pasting import masks_in_image
@@ -35,6 +32,7 @@ from training.mask_annotations import has_mask_head
 
 REFERENCE = "detectron2"
 ON_CANVAS = "torch, fixed canvas"
+WORDS = {"AP": "AP", "segm_AP": "mask AP"}
 
 
 def canvases_of(
@@ -53,28 +51,23 @@ def detections_of(runner: Runner, canvases: Iterable[np.ndarray]) -> Iterator[De
         yield from runner.run(np.stack(batch))
 
 
-class AccuracyTable:
-    """The accuracy table from eager PyTorch to the served answer, with one gate a row.
+class Ladder:
+    """The rungs from eager PyTorch to the served answer, each held against the one it was made from.
 
     Attributes:
-        rows: one dict a row, as the report shows it.
-        gates: what the rows were held against.
+        rows: one dict a rung, as the report shows it.
+        gates: what the rungs were held against, in their order.
     """
 
     def __init__(
-        self,
-        dataset: CocoDataset,
-        signature: DetectorSignature,
-        context: StageContext,
-        reference_ap: float | None = None,
+        self, dataset: CocoDataset, signature: DetectorSignature, context: StageContext, limits: ParityConfig
     ) -> None:
-        """``reference_ap`` is what the rows' ``delta`` refers to; None: the AP of the first row."""
         self.rows: list[dict[str, Any]] = []
         self.gates: list[Gate] = []
-        self._dataset, self._signature, self._context = dataset, signature, context
-        self._reference_ap = reference_ap
+        self._dataset, self._signature, self._context, self._limits = dataset, signature, context, limits
         self._placements: dict[int, Placement] = {}
-        self._per_class: dict[str, dict[int, float]] = {}
+        self._measured: dict[str, Measured] = {}
+        self._first_on_canvas: dict[str, list[Detections]] = {}
 
     def canvases(self, limit: int | None = None) -> Iterator[np.ndarray]:
         """The validation images on the canvas, (3, H, W) uint8, read one by one: a large set does not fit in memory."""
@@ -83,7 +76,7 @@ class AccuracyTable:
             yield canvas
 
     def add_reference(self, student: nn.Module) -> None:
-        """The plain detectron2 model, evaluated the ordinary way; the row shows what the fixed canvas costs."""
+        """The first rung: the plain detectron2 model, evaluated the ordinary way."""
         scratch = self._context.directory / "detectron2"
         evaluate_detector(
             student,
@@ -92,98 +85,112 @@ class AccuracyTable:
             max_edge_pixels=self._signature.max_edge_pixels,
             output_directory=scratch,
         )
-        file = scratch / RESULTS_FILE
-        by_image = detections_by_image(file, self._dataset)
-        masks = segmentations_by_image(file) if has_mask_head(student) else None
-        self._add_row(REFERENCE, by_image, masks, self._context.inputs["strip"].path(STUDENT_CHECKPOINT), None)
+        self._measure(REFERENCE, scratch / RESULTS_FILE, with_masks=has_mask_head(student))
+        self._add_row(Rung(name=REFERENCE), self._context.inputs["strip"].path(STUDENT_CHECKPOINT))
 
-    def add(
-        self,
-        name: str,
-        found: Iterable[Detections],
-        model: Path,
-        compared_with: Mapping[str, Any] | None = None,
-        limit: float | None = None,
-    ) -> None:
-        """Add the row of what a runner found on ``canvases()``, in their order and in canvas pixels.
+    def add(self, rung: Rung, found: Iterable[Detections], model: Path, note: str = "") -> None:
+        """Add a rung by what it found on :meth:`canvases`, in their order and in canvas pixels.
 
-        With ``limit``, gate the row's AP, of boxes and of masks, against that of the row ``compared_with``.
+        Its AP, of boxes and of masks, is held against its floors; what it is compared with was added before. ``note``
+        is what the row says beside its status.
         """
-        image_ids = [record["image_id"] for record in detectron2_dicts(self._dataset)]
-        in_images = {
-            image_id: detections_in_image(detections, self._placements[image_id])
-            for image_id, detections in zip(image_ids, found, strict=True)
-        }
-        self._add_row(name, in_images, self._segmentations(in_images), model, compared_with)
-        if limit is None or compared_with is None:
-            return
-        row = self.rows[-1]
-        for key, words in (("AP", "AP"), ("segm_AP", "mask AP")):
-            if key not in row:
-                continue
-            difference = row[key] - compared_with[key]
-            passed = abs(difference) <= limit
-            row["status"] = "passed" if passed and row["status"] == "passed" else "failed"
-            worst = self._worst_classes(name) if key == "AP" else ""
-            self.gates.append(
-                Gate(
-                    name=f"{words} of {name} against torch on the same canvas",
-                    value=difference,
-                    limit=limit,
-                    passed=passed,
-                    reason=f"{words} {row[key]:.2f} against {compared_with[key]:.2f}{worst}",
-                )
-            )
+        records = detectron2_dicts(self._dataset)
+        first = self._first_on_canvas.setdefault(rung.name, [])
+        in_images, masks = {}, {}
+        for record, detections in zip(records, found, strict=True):
+            place = self._placements[record["image_id"]]
+            in_image = detections_in_image(detections, place)
+            in_images[record["image_id"]] = in_image
+            if self._signature.mask_size is not None:
+                pasted = masks_in_image(in_image, place.image_height, place.image_width)
+                masks[record["image_id"]] = [compressed_mask(mask) for mask in pasted]
+            if len(first) < self._limits.num_matching_images:
+                first.append(detections)
+        self._evaluate(rung.name, in_images, None if self._signature.mask_size is None else masks)
+        self._add_row(rung, model, note)
 
-    def _segmentations(self, in_images: Mapping[int, Detections]) -> Segmentations | None:
-        """The masks drawn into their images; None for a detector of boxes alone."""
-        if self._signature.mask_size is None:
-            return None
-        return {
-            image_id: [compressed_mask(mask) for mask in masks_in_image(found, place.image_height, place.image_width)]
-            for image_id, found in in_images.items()
-            for place in [self._placements[image_id]]
-        }
+    def add_earlier(self, name: str, artifact: Artifact) -> None:
+        """A rung that another stage measured, for rungs of this one to be compared with; it gets no second row."""
+        self._measure(name, artifact.path(rung_file("detections", name)), self._signature.mask_size is not None)
+
+    def _measure(self, name: str, results_file: Path, with_masks: bool) -> None:
+        masks = segmentations_by_image(results_file) if with_masks else None
+        self._evaluate(name, detections_by_image(results_file, self._dataset), masks)
+
+    def _evaluate(self, name: str, found: Mapping[int, Detections], masks: Segmentations | None) -> None:
+        self._measured[name] = measured(self._dataset.annotation_file, found, self._signature.category_ids, masks)
 
     def add_not_run(self, name: str, reason: str, model_digest: str = "") -> None:
         row = {"name": name, "status": "not run", "reason": reason, "digest": model_digest}
         self.rows.append({**row, "command": self._context.command})
 
-    def _add_row(
-        self,
-        name: str,
-        found: dict[int, Detections],
-        masks: Segmentations | None,
-        model: Path,
-        compared_with: Mapping[str, Any] | None,
-    ) -> None:
-        ids, file = self._signature.category_ids, self._dataset.annotation_file
-        results = coco_results(found, ids, masks)
-        scores = {**average_precision(file, found, ids, masks), **dataset_metrics(self._dataset, results)}
-        self._per_class[name] = per_class_average_precision(file, found, ids)
-        (self._context.directory / detections_file(name)).write_text(json.dumps(results))
-        if self._reference_ap is None:
-            self._reference_ap = scores["AP"]
-        self.rows.append(
-            {
-                "name": name,
-                "status": "passed",
-                "reason": "",
-                "digest": digest(model),
-                "size_bytes": model.stat().st_size,
-                **scores,
-                "delta": scores["AP"] - self._reference_ap,
-                "delta_to_torch": None if compared_with is None else scores["AP"] - compared_with["AP"],
-                "command": self._context.command,
-            }
-        )
+    def _add_row(self, rung: Rung, model: Path, note: str = "") -> None:
+        found = self._measured[rung.name]
+        results = coco_results(found.found, self._signature.category_ids, found.masks)
+        (self._context.directory / rung_file("detections", rung.name)).write_text(json.dumps(results))
+        row: dict[str, Any] = {
+            "name": rung.name,
+            "status": "passed",
+            "reason": note,
+            "digest": digest(model),
+            "size_bytes": model.stat().st_size,
+            **found.scores,
+            **dataset_metrics(self._dataset, results),
+            "compared_with": rung.compared_with,
+            "gates": [],
+            "command": self._context.command,
+        }
+        self.rows.append(row)
+        if rung.compared_with is None:
+            return
+        before = self._measured[rung.compared_with]
+        comparison = compared(found, before, score_floor=self._limits.min_matched_score)
+        row |= self._facts(comparison)
+        for other, floor in rung.floors.items():
+            self._hold_floor(rung.name, other, floor, comparison if other == rung.compared_with else None)
 
-    def matched_with_detectron2(self, student: nn.Module, runner: Runner, limits: ParityConfig) -> MatchResult:
-        """Compare with detectron2's own inference on the same padded images, detection by detection."""
-        return combined(
+    def _facts(self, comparison: Comparison) -> dict[str, Any]:
+        names = dict(zip(self._signature.category_ids, self._signature.class_names, strict=True))
+        worst = [{"name": names[lost.category_id], **dataclasses.asdict(lost)} for lost in comparison.worst_classes]
+        return {**dataclasses.asdict(comparison), "worst_classes": worst}
+
+    def _hold_floor(self, name: str, other: str, floor: Floor, comparison: Comparison | None) -> None:
+        scores, reference = self._measured[name].scores, self._measured[other].scores
+        for metric in self._measured[name].per_class:
+            difference, allowed = scores[metric] - reference[metric], floor.allowed_drop(reference[metric])
+            reason = f"{WORDS[metric]} {scores[metric]:.2f} against {reference[metric]:.2f}"
+            if comparison is not None:
+                interval = comparison.differences[metric]
+                reason += f", 95 % interval of the difference {interval.low:.2f} to {interval.high:.2f}"
+            if metric == "AP" and comparison is not None and comparison.worst_classes:
+                drops = [f"{row['name']!r} {row['difference']['value']:.2f}" for row in self.rows[-1]["worst_classes"]]
+                reason += f"; largest class drops: {', '.join(drops)}"
+            self.hold(
+                name,
+                Gate(
+                    name=f"{WORDS[metric]} of {name}, difference to {other}, at least",
+                    value=difference,
+                    limit=-allowed,
+                    passed=difference >= -allowed,
+                    reason=reason,
+                ),
+            )
+
+    def hold(self, name: str, gate: Gate) -> None:
+        """Count a gate as one of the rung's: where it fails, the rung does."""
+        self.gates.append(gate)
+        row = next(row for row in self.rows if row["name"] == name)
+        row["gates"].append(gate.name)
+        if not gate.passed:
+            row["status"] = "failed"
+
+    def match(self, name: str, other: str) -> MatchResult:
+        """Hold the rung's first images against another's, detection by detection on the canvas: none may differ."""
+        limits = self._limits
+        result = combined(
             match_detections(
-                detectron2_on_canvas(student, canvas),
-                runner.run(canvas[None])[0],
+                reference,
+                candidate,
                 score_threshold=self._signature.score_threshold,
                 max_detections=self._signature.max_detections,
                 min_iou=limits.min_iou,
@@ -191,33 +198,41 @@ class AccuracyTable:
                 max_score_error=limits.max_score_error,
                 max_mask_error=limits.max_mask_error,
             )
-            for canvas in self.canvases(limits.num_matching_images)
+            for reference, candidate in zip(self._first_on_canvas[other], self._first_on_canvas[name], strict=True)
         )
+        self.hold(
+            name,
+            Gate(
+                name=f"detections of {name} without a partner in those of {other}",
+                value=result.num_unmatched,
+                limit=0,
+                passed=result.num_unmatched == 0,
+                reason=f"{result.num_matched} matched on {result.num_images} images",
+            ),
+        )
+        return result
+
+    def facts(self) -> dict[str, Any]:
+        """The rows, the first rung that loses, and the images that changed most, which it draws into the artifact."""
+        lossy = next((row["name"] for row in self.rows if row["status"] == "failed"), None)
+        steps = {row["name"]: row for row in self.rows if row.get("compared_with") is not None}
+        drawn = draw_changed_images(
+            sorted(steps.values(), key=lambda row: row["name"] != lossy),
+            self._measured,
+            self._dataset,
+            self._context.directory,
+            score_floor=self._limits.min_matched_score,
+        )
+        return {"rows": self.rows, "first_lossy_rung": lossy, "changed_images": drawn}
 
     def per_class(self, reference: str, name: str) -> list[dict[str, Any]]:
-        """AP of each class in two rows."""
+        """AP of each class of two rungs."""
+        before, after = (self._measured[rung].per_class["AP"] for rung in (reference, name))
         classes = zip(self._signature.category_ids, self._signature.class_names, strict=True)
         return [
-            {
-                "name": class_name,
-                "reference_AP": self._per_class[reference].get(category_id),
-                "AP": self._per_class[name].get(category_id),
-            }
+            {"name": class_name, "reference_AP": before.get(category_id), "AP": after.get(category_id)}
             for category_id, class_name in classes
         ]
-
-    def _worst_classes(self, name: str) -> str:
-        if ON_CANVAS not in self._per_class:
-            return ""
-        before, after = self._per_class[ON_CANVAS], self._per_class[name]
-        names = dict(zip(self._signature.category_ids, self._signature.class_names, strict=True))
-        drops = sorted((after[key] - before[key], names[key]) for key in names if after[key] < before[key] - 0.05)
-        return "; largest class drops: " + ", ".join(f"{c!r} {d:.2f}" for d, c in drops[:2]) if drops else ""
-
-
-def detections_file(row: str) -> str:
-    """Name of the file with a row's detections, in COCO's results format."""
-    return f"detections_{'_'.join(re.findall('[a-z0-9]+', row.lower()))}.json"
 
 
 @torch.inference_mode()
@@ -235,31 +250,4 @@ def detectron2_on_canvas(student: nn.Module, canvas: np.ndarray) -> Detections:
         scores=found.scores.numpy(),
         labels=found.pred_classes.numpy().astype(np.int32),
         masks=masks,
-    )
-
-
-def segmentations_by_image(results_file: Path) -> Segmentations:
-    """The masks in COCO's results format, in the order of :func:`detections_by_image`."""
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for record in json.loads(results_file.read_text()):
-        by_image.setdefault(record["image_id"], []).append(record["segmentation"])
-    return by_image
-
-
-def detections_by_image(results_file: Path, dataset: CocoDataset) -> dict[int, Detections]:
-    """Detections in COCO's results format (boxes XYWH) as :class:`Detections` of each image that has any."""
-    label_of = {category_id: label for label, category_id in enumerate(dataset.category_ids)}
-    by_image: dict[int, list[dict[str, Any]]] = {}
-    for record in json.loads(results_file.read_text()):
-        by_image.setdefault(record["image_id"], []).append(record)
-    return {image_id: _detections(records, label_of) for image_id, records in by_image.items()}
-
-
-def _detections(records: list[dict[str, Any]], label_of: dict[int, int]) -> Detections:
-    boxes = np.array([r["bbox"] for r in records], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Detections(
-        boxes=boxes,
-        scores=np.array([r["score"] for r in records], np.float32),
-        labels=np.array([label_of[r["category_id"]] for r in records], np.int32),
     )

@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from export.ladder import Floor, Rung
 from export.parity import MatchResult, combined, match_detections
 from export.runners import OnnxRuntimeRunner
 from export.signature import Detections, DetectorSignature
-from pipeline.accuracy import AccuracyTable
+from pipeline.accuracy import Ladder
 from pipeline.endpoint import runner_of
 from pipeline.export_stages import ONNX_MODEL
 from pipeline.stage import Gate, StageContext
@@ -17,40 +18,40 @@ from serving.client import run_concurrently
 from serving.config import ServingConfig
 
 CONCURRENCY = 8
+ONE_BY_ONE = "Triton, concurrency 1"
+BATCHED = f"Triton, concurrency {CONCURRENCY}"
 NUM_GOLDEN_IMAGES = 20
 
 
-def prove(
-    context: StageContext, table: AccuracyTable, url: str, model_file: Path, on_canvas: dict[str, Any]
-) -> dict[str, Any]:
-    """Add the endpoint's rows and gates to ``table``; the rest of what was found is returned.
+def prove(context: StageContext, ladder: Ladder, url: str, model_file: Path, served: str) -> dict[str, Any]:
+    """Add the endpoint's rungs and gates to ``ladder``; what was found is returned.
 
     Args:
         url: host:port of the gRPC endpoint.
         model_file: what is served, for the rows' digest.
-        on_canvas: row of torch on the same canvas, which the rows' AP is held against.
+        served: the rung that ran the same model in process, which the endpoint is compared with.
     """
     config: ServingConfig = context.recipe.sections["serving"]
     limits = context.recipe.sections["parity"]
     with runner_of(config, url) as runner:
-        alone = [runner.run(canvas[None])[0] for canvas in table.canvases()]
+        alone = [runner.run(canvas[None])[0] for canvas in ladder.canvases()]
         with OnnxRuntimeRunner(context.inputs["export"].path(ONNX_MODEL), runner.signature) as in_process:
-            golden = [in_process.run(canvas[None])[0] for canvas in table.canvases(NUM_GOLDEN_IMAGES)]
+            golden = [in_process.run(canvas[None])[0] for canvas in ladder.canvases(NUM_GOLDEN_IMAGES)]
         before = runner.statistics()
         mixed = run_concurrently(
             url,
             config.model_name,
-            table.canvases(),
+            ladder.canvases(),
             concurrency=CONCURRENCY,
             timeout_seconds=config.request_timeout_seconds,
         )
         batching = runner.statistics() - before
         signature = runner.signature
-    for name, found in (("Triton, concurrency 1", alone), (f"Triton, concurrency {CONCURRENCY}", mixed)):
-        table.add(name, found, model_file, on_canvas, limits.max_ap_drop_served)
+    floor = Floor(points=limits.max_ap_drop_served)
+    ladder.add(Rung(name=ONE_BY_ONE, compared_with=served, floors={served: floor}), alone, model_file)
     matched = _matched(golden, alone[: len(golden)], signature, score_floor=0.0)
-    invariant = _matched(alone, mixed, signature, score_floor=limits.min_matched_score)
-    table.gates += [
+    ladder.hold(
+        ONE_BY_ONE,
         Gate(
             name="golden images through the endpoint: detections without a partner",
             value=matched.num_unmatched,
@@ -58,6 +59,15 @@ def prove(
             passed=matched.num_unmatched == 0,
             reason=f"{matched.num_matched} detections on {matched.num_images} images, against ONNX Runtime in process",
         ),
+    )
+    batches = f"{batching.num_requests} requests in {batching.num_executions} executions"
+    if batching.num_executions >= batching.num_requests:
+        batches += ": the server put none together, so only requests of several images show what a batch does"
+    rung = Rung(name=BATCHED, compared_with=ONE_BY_ONE, floors={ONE_BY_ONE: floor})
+    ladder.add(rung, mixed, model_file, note=batches)
+    invariant = _matched(alone, mixed, signature, score_floor=limits.min_matched_score)
+    ladder.hold(
+        BATCHED,
         Gate(
             name="batch invariance, Triton: detections that change in mixed batches",
             value=invariant.num_unmatched,
@@ -65,9 +75,9 @@ def prove(
             passed=invariant.num_unmatched == 0,
             reason=f"above score {limits.min_matched_score}; mean batch {batching.mean_batch_size:.2f}",
         ),
-    ]
+    )
     return {
-        "rows": table.rows,
+        **ladder.facts(),
         "golden_images": {"num": matched.num_images, "num_unmatched": matched.num_unmatched},
         "batch_invariance": dataclasses.asdict(invariant),
         "mean_batch_size": batching.mean_batch_size,

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx.numpy_helper
@@ -14,12 +13,14 @@ import torch
 from torch import nn
 
 from export.detector_graph import detector_graph, signature_of
-from export.parity import BatchInvariance, ParityConfig, batch_invariance
+from export.head_tensors import detectron2_head_tensors, graph_head_tensors, head_differences, onnx_head_tensors
+from export.ladder import Floor, Rung
+from export.parity import BatchInvariance, MatchResult, ParityConfig, batch_invariance
 from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
 from export.signature import DetectorSignature
 from export.targets.onnx_target import export_onnx
 from export.targets.tensorrt_target import EngineUnavailable, build_engine
-from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable, canvases_of, detections_of
+from pipeline.accuracy import ON_CANVAS, REFERENCE, Ladder, canvases_of, detections_of, detectron2_on_canvas
 from pipeline.artifact import digest
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
@@ -29,6 +30,10 @@ from training.evaluate import resolve_device
 ONNX_MODEL = "model.onnx"
 ENGINE = "model.plan"
 PARITY_FILE = "parity.json"
+GRAPH = "torch, export graph"
+ONNX_RUNTIME = "ONNX Runtime"
+TENSORRT = "TensorRT"
+NUM_HEAD_IMAGES = 4
 
 
 def export(context: StageContext) -> StageResult:
@@ -130,58 +135,64 @@ def validate(context: StageContext) -> StageResult:
 def _validated(context: StageContext) -> StageResult:
     limits: ParityConfig = context.recipe.sections["parity"]
     dataset = dataset_of(context.inputs["data"], "validation")
-    export_artifact = context.inputs["export"]
-    signature = DetectorSignature.read(export_artifact.directory)
+    signature = DetectorSignature.read(context.inputs["export"].directory)
     student = loaded_student(context).to(resolve_device(context.recipe.sections["training"].device))
-    table = AccuracyTable(dataset, signature, context)
+    checkpoint = context.inputs["strip"].path(STUDENT_CHECKPOINT)
+    ladder = Ladder(dataset, signature, context, limits)
 
-    table.add_reference(student)
-    onnx_model = export_artifact.path(ONNX_MODEL)
-    with TorchRunner(detector_graph(student, signature), signature) as torch_runner:
-        table.add(
-            ON_CANVAS,
-            detections_of(torch_runner, table.canvases()),
-            context.inputs["strip"].path(STUDENT_CHECKPOINT),
-        )
-    on_canvas = table.rows[-1]
-    with OnnxRuntimeRunner(onnx_model, signature) as runner:
-        found = detections_of(runner, table.canvases())
-        table.add("ONNX Runtime", found, onnx_model, on_canvas, limits.max_ap_drop_onnxruntime)
-        matching = table.matched_with_detectron2(student, runner, limits)
-        canvases = list(table.canvases(limits.num_batch_images))
-        invariance = batch_invariance(runner, canvases, score_floor=limits.min_matched_score)
-    table.gates.append(batch_gate("ONNX Runtime", invariance))
-    table.gates.append(
-        Gate(
-            name="ONNX Runtime detections without a partner in detectron2's",
-            value=matching.num_unmatched,
-            limit=0,
-            passed=matching.num_unmatched == 0,
-            reason=f"{matching.num_matched} matched on {matching.num_images} images",
-        )
-    )
-    _add_tensorrt(table, context, signature, on_canvas, limits.max_ap_drop_tensorrt)
+    ladder.add_reference(student)
+    canvas = Floor(points=limits.max_ap_drop_canvas)
+    found = (detectron2_on_canvas(student, image) for image in ladder.canvases())
+    ladder.add(Rung(name=ON_CANVAS, compared_with=REFERENCE, floors={REFERENCE: canvas}), found, checkpoint)
+    graph = detector_graph(student, signature)
+    with TorchRunner(graph, signature) as torch_runner:
+        floors = {ON_CANVAS: Floor(points=limits.max_ap_drop_graph)}
+        rung = Rung(name=GRAPH, compared_with=ON_CANVAS, floors=floors)
+        ladder.add(rung, detections_of(torch_runner, ladder.canvases()), checkpoint)
+    ladder.match(GRAPH, ON_CANVAS)
+    matching, invariance = _add_onnxruntime(ladder, context, signature)
+    _add_tensorrt(ladder, context, signature)
+    head_tensors = {
+        ON_CANVAS: detectron2_head_tensors(student, graph),
+        GRAPH: graph_head_tensors(graph),
+        ONNX_RUNTIME: onnx_head_tensors(context.inputs["export"].path(ONNX_MODEL)),
+    }
     facts = {
-        "rows": table.rows,
+        **ladder.facts(),
+        "head_tensors": head_differences(head_tensors, ladder.canvases(NUM_HEAD_IMAGES)),
         "matching": dataclasses.asdict(matching),
         "batch_invariance": dataclasses.asdict(invariance),
-        "per_class": table.per_class(REFERENCE, "ONNX Runtime"),
+        "per_class": ladder.per_class(REFERENCE, ONNX_RUNTIME),
     }
-    (context.directory / PARITY_FILE).write_text(json.dumps({**facts, "gates": table.gates}, indent=1, default=vars))
-    return StageResult(facts=facts, gates=table.gates)
+    (context.directory / PARITY_FILE).write_text(json.dumps({**facts, "gates": ladder.gates}, indent=1, default=vars))
+    return StageResult(facts=facts, gates=ladder.gates)
 
 
-def _add_tensorrt(
-    table: AccuracyTable, context: StageContext, signature: DetectorSignature, on_canvas: dict[str, Any], limit: float
-) -> None:
-    built = context.inputs["engine"]
+def _add_onnxruntime(
+    ladder: Ladder, context: StageContext, signature: DetectorSignature
+) -> tuple[MatchResult, BatchInvariance]:
+    limits, model = context.recipe.sections["parity"], context.inputs["export"].path(ONNX_MODEL)
+    floor = Floor(points=limits.max_ap_drop_onnxruntime)
+    rung = Rung(name=ONNX_RUNTIME, compared_with=GRAPH, floors={GRAPH: floor, ON_CANVAS: floor})
+    with OnnxRuntimeRunner(model, signature) as runner:
+        ladder.add(rung, detections_of(runner, ladder.canvases()), model)
+        canvases = list(ladder.canvases(limits.num_batch_images))
+        invariance = batch_invariance(runner, canvases, score_floor=limits.min_matched_score)
+    matching = ladder.match(ONNX_RUNTIME, ON_CANVAS)
+    ladder.hold(ONNX_RUNTIME, batch_gate("ONNX Runtime", invariance))
+    return matching, invariance
+
+
+def _add_tensorrt(ladder: Ladder, context: StageContext, signature: DetectorSignature) -> None:
+    built, limits = context.inputs["engine"], context.recipe.sections["parity"]
     if built.manifest.facts["status"] != "built":
-        table.add_not_run("TensorRT", built.manifest.facts["reason"])
+        ladder.add_not_run(TENSORRT, built.manifest.facts["reason"])
         return
+    floor = Floor(points=limits.max_ap_drop_tensorrt)
+    rung = Rung(name=TENSORRT, compared_with=ONNX_RUNTIME, floors={ONNX_RUNTIME: floor, ON_CANVAS: floor})
     try:
         with TensorRTRunner(built.path(ENGINE), signature) as runner:
-            found = detections_of(runner, table.canvases())
-            table.add("TensorRT", found, built.path(ENGINE), on_canvas, limit)
+            ladder.add(rung, detections_of(runner, ladder.canvases()), built.path(ENGINE))
     except EngineUnavailable as error:
         reason = "no NVIDIA GPU" if not torch.cuda.is_available() else str(error)
-        table.add_not_run("TensorRT", reason, digest(built.path(ENGINE)))
+        ladder.add_not_run(TENSORRT, reason, digest(built.path(ENGINE)))

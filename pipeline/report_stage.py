@@ -10,8 +10,8 @@ import numpy as np
 
 from export.signature import Detections
 from pipeline import environment
-from pipeline.accuracy import detections_by_image, detections_file
 from pipeline.baseline import baseline_command, find_baseline
+from pipeline.detection_files import detections_by_image, rung_file
 from pipeline.report import GalleryImage, build_report, write_report
 from pipeline.stage import StageContext, StageResult
 from pipeline.status import read_failure
@@ -55,7 +55,7 @@ def _gallery(context: StageContext) -> list[GalleryImage]:
     ]
     dataset = dataset_of(context.inputs["data"], "validation")
     found = {
-        name: detections_by_image(artifact.path(detections_file(name)), dataset)
+        name: detections_by_image(artifact.path(rung_file("detections", name)), dataset)
         for artifact, name in (rows[0], rows[-1])
     }
     return [_gallery_image(record, found) for record in _shown(detectron2_dicts(dataset))]

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from export.runners import OnnxRuntimeRunner
 from export.signature import DetectorSignature
-from pipeline.accuracy import ON_CANVAS, REFERENCE, AccuracyTable, canvases_of
+from pipeline.accuracy import Ladder, canvases_of
 from pipeline.endpoint import (
     check_server,
     deployed,
@@ -31,7 +31,7 @@ from pipeline.endpoint import (
 )
 from pipeline.endpoint_proof import prove
 from pipeline.errors import Unavailable
-from pipeline.export_stages import ENGINE, ONNX_MODEL
+from pipeline.export_stages import ENGINE, ONNX_MODEL, ONNX_RUNTIME, TENSORRT
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import dataset_of
 from serving.client import check_reachable
@@ -64,31 +64,34 @@ def deploy(context: StageContext) -> StageResult:
     model_file = artifact.path(ENGINE if serves_engine else ONNX_MODEL)
     signature = DetectorSignature.read(artifact.directory)
     rows = {row["name"]: row for row in context.inputs["validate"].manifest.facts["rows"]}
+    served = TENSORRT if serves_engine else ONNX_RUNTIME
     provenance = {
         "run": context.run_dir.name,
         "recipe": context.recipe.name,
         "artifact": artifact.manifest.content_digest,
-        "AP": rows["TensorRT" if serves_engine else "ONNX Runtime"].get("AP"),  # none where the engine did not run
+        "AP": rows[served].get("AP"),  # none where the engine did not run
     }
     repository = repository_of(config, context.run_dir)
     previous = served_version(repository, config.model_name)
     version = publish_version(config, repository, model_file, signature, provenance)
     _write_other_configs(context, signature, provenance)
     facts = _described(config, repository, version)
-    table = AccuracyTable(
-        dataset_of(context.inputs["data"], "validation"), signature, context, reference_ap=rows[REFERENCE]["AP"]
+    ladder = Ladder(
+        dataset_of(context.inputs["data"], "validation"), signature, context, context.recipe.sections["parity"]
     )
     if facts["status"] == "not run":
         line = f"{facts['reason']}. On a machine with Docker:\n{facts['container']['command']}"
         context.console.print(line, soft_wrap=True, markup=False)
-        table.add_not_run("Triton", facts["reason"])
-        facts["rows"] = table.rows
+        ladder.add_not_run("Triton", facts["reason"])
+        facts["rows"] = ladder.rows
     else:
         previous = None if previous is None or previous.version == version else previous
-        facts |= _proven_or_rolled_back(context, table, model_file, rows[ON_CANVAS], previous)
+        served = served if rows[served].get("AP") is not None else ONNX_RUNTIME
+        ladder.add_earlier(served, context.inputs["validate"])
+        facts |= _proven_or_rolled_back(context, ladder, model_file, served, previous)
     facts["config_digest"] = config_digest(repository, config.model_name)
     (context.directory / DEPLOYMENT_FILE).write_text(json.dumps(facts, indent=1))
-    return StageResult(facts=facts, gates=table.gates)
+    return StageResult(facts=facts, gates=ladder.gates)
 
 
 def _check_engine(facts: dict[str, Any]) -> None:
@@ -142,9 +145,9 @@ def _described(config: ServingConfig, repository: Path, version: int) -> dict[st
 
 def _proven_or_rolled_back(
     context: StageContext,
-    table: AccuracyTable,
+    ladder: Ladder,
     model_file: Path,
-    on_canvas: dict[str, Any],
+    served: str,
     previous: ServedVersion | None,
 ) -> dict[str, Any]:
     """The facts of the proof; where it fails or cannot end, ``previous`` is what is served afterwards."""
@@ -152,18 +155,18 @@ def _proven_or_rolled_back(
     repository = repository_of(config, context.run_dir)
     try:
         with live_endpoint(config, repository, context.directory / SERVER_LOG) as url:
-            facts = prove(context, table, url, model_file, on_canvas)
+            facts = prove(context, ladder, url, model_file, served)
     except BaseException:
         if previous is not None:
             serve_previous(config, repository, previous)
         raise
-    if previous is None or all(gate.passed for gate in table.gates):
+    if previous is None or all(gate.passed for gate in ladder.gates):
         return facts
     serve_previous(config, repository, previous)
     note = f"version {previous.version}, served before, is served again"
-    table.gates = [
+    ladder.gates = [
         gate if gate.passed else dataclasses.replace(gate, reason="; ".join(filter(None, (gate.reason, note))))
-        for gate in table.gates
+        for gate in ladder.gates
     ]
     context.console.print(f"deploy: the new version failed its proof; {note}", markup=False)
     return facts | {"rolled_back_to": previous.version}

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from export.graph_parts import DetectorGraph, Outputs
 from export.signature import DetectorSignature
 
 OPSET = 20
@@ -41,12 +42,13 @@ class OnnxFacts:
     ops: dict[str, int]
 
 
-def export_onnx(graph: nn.Module, signature: DetectorSignature, path: Path) -> OnnxFacts:
+def export_onnx(graph: DetectorGraph, signature: DetectorSignature, path: Path) -> OnnxFacts:
     """Write the graph as ONNX, weights inside, with a symbolic batch dimension and no other.
 
     The file is checked (ONNX's own checker with shape inference, names and shapes against the signature), carries the
-    signature's JSON as metadata under ``SIGNATURE_KEY``, and holds nothing of the machine that wrote it. It appears
-    under its name only when it is whole.
+    signature's JSON as metadata under ``SIGNATURE_KEY``, and holds nothing of the machine that wrote it. The head's
+    tensors are values of known names in it, not outputs (:mod:`export.head_tensors`). It appears under its name only
+    when it is whole.
 
     Args:
         graph: from :func:`export.detector_graph.detector_graph`.
@@ -70,25 +72,39 @@ def export_onnx(graph: nn.Module, signature: DetectorSignature, path: Path) -> O
     )
 
 
-def _exported(graph: nn.Module, signature: DetectorSignature) -> onnx.ModelProto:
+class _WithHeadTensors(nn.Module):
+    """The graph with its head tensors as further outputs: the exporter names a value only where it is an output."""
+
+    def __init__(self, graph: DetectorGraph) -> None:
+        super().__init__()
+        self.detector = graph  # torch.fx keeps its own under "graph"
+
+    def forward(self, images: Tensor) -> Outputs:
+        outputs, head_tensors = self.detector.with_head_tensors(images)
+        return (*outputs, *head_tensors.values())
+
+
+def _exported(graph: DetectorGraph, signature: DetectorSignature) -> onnx.ModelProto:
     # Batch 2, because tracing bakes in a dimension of size 1. No gradients, because detectron2's frozen batch norm
     # takes a form that is not folded into the convolution when they are on.
     batch = torch.export.Dim("batch", min=1, max=max(signature.max_batch_size, 2))
     device = next(graph.buffers()).device
     images = torch.zeros(2, *signature.image_shape, dtype=torch.uint8, device=device)
     with _quiet(), torch.no_grad():
+        head_tensors = graph.eval().with_head_tensors(images)[1]
         program = torch.onnx.export(
-            graph.eval(),
+            _WithHeadTensors(graph).eval(),
             (images,),
             dynamo=True,
             opset_version=OPSET,
             input_names=[signature.input_name],
-            output_names=list(signature.output_names),
+            output_names=[*signature.output_names, *head_tensors],
             dynamic_shapes=({0: batch},),
             verbose=False,
         )
         assert program is not None  # with dynamo=True it always returns the program
         model = program.model_proto
+    del model.graph.output[len(signature.output_names) :]
     names: set[str] = set()
     for index, node in enumerate(_nodes(model.graph)):
         node.ClearField("metadata_props")  # stack traces with this machine's paths

@@ -17,6 +17,7 @@ from export.signature import Detections
 
 SCORE_FLOOR = 0.3  # the score from which batch invariance is judged too: what a person would call "detected"
 PANEL_EDGE_PIXELS = 480  # enlarges small images so that labels stay readable, and keeps 10 images under 2 MB
+PANEL_GAP_PIXELS = 8
 FONT_PIXELS = 14
 MASK_OPACITY = 0.5
 JPEG_QUALITY = 82
@@ -69,9 +70,8 @@ def _panel(
     scores: np.ndarray | None,
     class_names: Sequence[str],
 ) -> dict[str, Any]:
-    scale = PANEL_EDGE_PIXELS / max(picture.size)
     captions = captions_of(labels, scores, class_names)
-    canvas = draw_boxes(picture, boxes, labels, captions, scale=scale)
+    canvas = draw_boxes(picture, boxes, labels, captions, scale=panel_scale(picture))
     words = ", ".join(captions) if captions else "none"
     kind = "boxes" if scores is None else f"detections above score {SCORE_FLOOR}"
     return {
@@ -82,6 +82,25 @@ def _panel(
         "description": f"{name}: {len(captions)} {kind} ({words})",
         "jpeg": _data_uri(canvas),
     }
+
+
+def panel_scale(picture: Image.Image) -> float:
+    """What makes a panel of a picture."""
+    return PANEL_EDGE_PIXELS / max(picture.size)
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Panels from left to right, each with its words above it."""
+    font = ImageFont.load_default(size=FONT_PIXELS)
+    width = sum(panel.width for _, panel in panels) + PANEL_GAP_PIXELS * (len(panels) - 1)
+    top = FONT_PIXELS + 6
+    canvas = Image.new("RGB", (width, top + max(panel.height for _, panel in panels)), (255, 255, 255))
+    draw, left = ImageDraw.Draw(canvas), 0
+    for words, panel in panels:
+        canvas.paste(panel, (left, top))
+        draw.text((left + 2, 1), words, fill=(0, 0, 0), font=font)
+        left += panel.width + PANEL_GAP_PIXELS
+    return canvas
 
 
 def captions_of(labels: np.ndarray, scores: np.ndarray | None, class_names: Sequence[str]) -> list[str]:
