@@ -73,7 +73,8 @@ def _found(run_dir: Path) -> dict[str, Any]:
     """What the run's report says, as far as it goes."""
     manifests = {path.parent.name: json.loads(path.read_text()) for path in run_dir.glob("*/manifest.json")}
     facts = {name: manifest["facts"] for name, manifest in manifests.items()}
-    keys = ("name", "status", "reason", "AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "delta_to_torch")
+    metrics = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+    keys = ("name", "status", "reason", *metrics, "compared_with", "differences")
     rows = facts.get("validate", {}).get("rows", []) + facts.get("deploy", {}).get("rows", [])
     benchmark = facts.get("benchmark", {})
     return {

@@ -80,7 +80,7 @@ STAGES = (
     ),
     Stage(
         name="export",
-        version=1,
+        version=2,
         inputs=("data", "strip"),
         config_sections=("model", "export"),
         environment_keys=("torch", "onnx"),
@@ -96,7 +96,7 @@ STAGES = (
     ),
     Stage(
         name="validate",
-        version=1,
+        version=2,
         inputs=("data", "strip", "export", "engine"),
         config_sections=("model", "export", "parity", "training"),
         environment_keys=("torch", "detectron2", "onnxruntime", "gpus"),
@@ -104,7 +104,7 @@ STAGES = (
     ),
     Stage(
         name="deploy",
-        version=1,
+        version=2,
         inputs=("data", "export", "engine", "validate"),
         config_sections=("parity", "serving"),
         environment_keys=("onnxruntime", "tritonserver", "gpus"),
@@ -122,7 +122,7 @@ STAGES = (
     ),
     Stage(
         name="report",
-        version=1,
+        version=2,
         inputs=("data", "train", "strip", "export", "engine", "validate", "deploy", "benchmark"),
         config_sections=(),
         run=_from("report_stage", "report"),

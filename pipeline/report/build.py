@@ -12,6 +12,7 @@ from pipeline.baseline import Baseline
 from pipeline.report import sections
 from pipeline.report.distillation import distillation, teacher_panel
 from pipeline.report.gallery import GalleryImage, draw_gallery
+from pipeline.report.ladder import ladder
 from pipeline.report.sections import NOT_RUN, Facts, Manifests
 
 SCHEMA = 1
@@ -42,7 +43,8 @@ def build_report(
     """Everything the report says, as plain JSON values.
 
     Args:
-        run_dir: the run's folder; training curves are read from ``train/metrics.json`` in it.
+        run_dir: the run's folder; training curves are read from ``train/metrics.json`` in it, pictures of images that
+            changed from the stages that drew them.
         manifests: stage name -> its manifest, for the stages that have one.
         failure: ``stage``, ``type`` and ``message`` of the error that ended the run, or None.
         recipe_name: what the run is called.
@@ -64,6 +66,7 @@ def build_report(
         "failure": sections.pick(failure, ("stage", "type", "message")) if failure else None,
         "gates": gates,
         "accuracy": accuracy,
+        "ladder": ladder(run_dir, manifests, absent, accuracy["rows"]),
         "distillation": distillation(run_dir, manifests, absent),
         "teacher_panel": teacher_panel(manifests, absent, baseline, baseline_command),
         "dataset": data,
@@ -139,7 +142,8 @@ def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, 
     not_run = _not_run(report, absent)
     if failed:
         word, stage = "FAIL", failed[0]["stage"]
-        sentence = _failed_gates(failed)
+        lossy = report["ladder"]["verdict"]["first_lossy_rung"]
+        sentence = _failed_gates(failed) + (f" The first lossy step is {lossy}." if lossy else "")
         if failure and failure["stage"] != stage:
             sentence += f" Stage {failure['stage']} stopped with {failure['type']}: {first_line(failure['message'])}"
     elif failure:

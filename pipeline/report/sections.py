@@ -94,10 +94,11 @@ def _accuracy_row(
 ) -> dict[str, Any]:
     name, runner = row.get("name"), row.get("runner")
     compared = name not in (REFERENCE_ROW, CANVAS_ROW)  # the canvas row's distance to itself says nothing
+    own = row.get("gates") or []
     held = [
         pick(gate, ("name", "value", "limit", "status"))
         for gate in gates
-        if gate["stage"] == stage and compared and name and str(name) in str(gate["name"])
+        if gate["stage"] == stage and gate["name"] in own
     ]
     gate_failed = any(gate["status"] == "failed" for gate in held)
     digest = row.get("digest")
@@ -155,10 +156,11 @@ def onnx_model(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any
 
 
 def engine(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
-    """The TensorRT engine, or why there is none."""
+    """The TensorRT engine, and the architectures it could not be built for, or why there is none."""
     facts, head = section("engine", manifests, absent)
     keys = ("library", "version", "precision", "compute_capabilities", "size_bytes", "seconds", "inspector", "run")
-    return {**head, **pick(facts, keys), "layers_by_dtype": facts.get("layers_by_dtype") or {}}
+    by_name = {key: facts.get(key) or {} for key in ("layers_by_dtype", "excluded")}
+    return {**head, **pick(facts, keys), **by_name}
 
 
 def parity(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def test_every_row_of_the_accuracy_table_is_measured_or_says_why_not(runs: Path)
     assert list(status) == [
         "detectron2",
         "torch, fixed canvas",
+        "torch, export graph",
         "ONNX Runtime",
         "TensorRT",
         "Triton, concurrency 1",
@@ -130,6 +131,49 @@ def test_every_row_of_the_accuracy_table_is_measured_or_says_why_not(runs: Path)
     matching = manifest(runs, "validate")["facts"]["matching"]
     assert matching["num_matched"] > 50, "the comparison must have something to compare"
     assert matching["num_unmatched"] == 0
+
+
+def test_every_step_of_the_ladder_is_measured_and_none_loses(runs: Path) -> None:
+    validated, deployed = manifest(runs, "validate")["facts"], manifest(runs, "deploy")["facts"]
+    steps = [row for row in validated["rows"] + deployed["rows"] if row.get("compared_with")]
+    assert [(row["name"], row["compared_with"]) for row in steps if row["name"] != "TensorRT"] == [
+        ("torch, fixed canvas", "detectron2"),
+        ("torch, export graph", "torch, fixed canvas"),
+        ("ONNX Runtime", "torch, export graph"),
+        ("Triton, concurrency 1", "ONNX Runtime"),
+        ("Triton, concurrency 8", "Triton, concurrency 1"),
+    ]
+    assert validated["first_lossy_rung"] is deployed["first_lossy_rung"] is None
+    for row in steps[1:]:
+        assert row["gates"], "every rung is held to the one before"
+        interval = row["differences"]["AP"]
+        assert interval["low"] <= interval["value"] <= interval["high"]
+        assert row["agreement"]["num_detections"] > 100
+        assert row["agreement"]["matched_rate"] > 0.99
+        assert row["agreement"]["score_error_p99"] < 1e-4
+    assert "requests in" in deployed["rows"][1]["reason"]
+
+
+def test_head_tensors_agree_on_every_level_of_graph_and_file(runs: Path) -> None:
+    rows = manifest(runs, "validate")["facts"]["head_tensors"]
+    assert {(row["rung"], row["tensor"], row["level"]) for row in rows} == {
+        (rung, tensor, level)
+        for rung in ("torch, export graph", "ONNX Runtime")
+        for tensor in ("class_logits", "box_deltas")
+        for level in range(5)
+    }
+    assert all(row["max_abs_error"] <= 1e-4 * row["max_abs_value"] for row in rows)
+
+
+def test_images_that_changed_are_pictures_of_the_artifact_and_of_the_report(runs: Path) -> None:
+    run_dir = runs / RECIPE.stem
+    shown = json.loads((run_dir / "report" / "report.json").read_text())["ladder"]["changed_images"]
+    recorded = manifest(runs, "validate")["facts"]["changed_images"]
+    assert 0 < len(recorded) <= 12
+    assert [image["file"] for image in shown if image["stage"] == "validate"] == [image["file"] for image in recorded]
+    for image in recorded:
+        with Image.open(run_dir / "validate" / image["file"]) as picture:
+            assert picture.format == "JPEG"
 
 
 def test_the_strip_proof_holds_and_names_what_was_removed(runs: Path) -> None:

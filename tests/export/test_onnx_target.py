@@ -7,8 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from export.graph_parts import DetectorGraph, Outputs
 from export.signature import DetectorSignature
 from export.targets.onnx_target import SIGNATURE_KEY, export_onnx
 from tests.export.conftest import Exported, canvases
@@ -70,15 +71,15 @@ def test_exporting_prints_nothing_and_the_same_weights_give_the_same_bytes(
     assert (tmp_path / "again.onnx").read_bytes() == exported.path.read_bytes()
 
 
-class _TooFewSlots(nn.Module):
+class _TooFewSlots(DetectorGraph):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("zero", torch.zeros(1))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         scores = images.float().flatten(1)[:, :50] * self.zero
         boxes = scores[:, :, None].expand(-1, -1, 4) + 1
-        return scores[:, :1].int(), boxes, scores * 1, scores.int()
+        return (scores[:, :1].int(), boxes, scores * 1, scores.int()), {}
 
 
 def test_a_graph_that_breaks_the_signatures_promise_is_not_written(exported: Exported, tmp_path: Path) -> None:

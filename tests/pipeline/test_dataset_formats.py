@@ -15,8 +15,10 @@ from conftest import build_tiny_retinanet
 from rich.console import Console
 
 from export.detector_graph import signature_of
+from export.ladder import Rung
+from export.parity import ParityConfig
 from export.signature import Detections
-from pipeline.accuracy import AccuracyTable
+from pipeline.accuracy import Ladder
 from pipeline.artifact import Artifact, open_artifact
 from pipeline.recipe import load
 from pipeline.run import run_stages
@@ -163,14 +165,14 @@ def test_the_accuracy_table_has_the_metrics_of_the_format(
         max_batch_size=1,
     )
     context = cast(StageContext, SimpleNamespace(directory=tmp_path, command="make"))
-    table = AccuracyTable(dataset, signature, context)
-    list(table.canvases())
+    ladder = Ladder(dataset, signature, context, ParityConfig())
+    list(ladder.canvases())
     sides = [sorted((record["height"], record["width"])) for record in detectron2_dicts(dataset)]
     scales = [min(64 / short, 128 / long) for short, long in sides]
     on_canvas = [
         Detections(boxes=found.boxes * np.float32(scale), scores=found.scores, labels=found.labels)
         for found, scale in zip(perfect(dataset), scales, strict=True)
     ]
-    table.add("runner", on_canvas, artifact.path("instances_train.json"))
-    row: dict[str, Any] = table.rows[0]
+    ladder.add(Rung(name="runner"), on_canvas, artifact.path("instances_train.json"))
+    row: dict[str, Any] = ladder.rows[0]
     assert {key: row[key] for key in expected} == pytest.approx(expected, abs=1e-3)

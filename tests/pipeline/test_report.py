@@ -169,6 +169,7 @@ def test_a_failed_gate_is_named_first_and_the_rest_of_the_report_is_there(manife
     failure = {"stage": "validate", "type": "GateFailed", "message": "validate failed 1 gate"}
     report = report_of(run_dir, manifests, failure=failure)
     sentence = "Gate “AP drop, ONNX Runtime” of stage validate failed: 1.4, limit 0.05. largest drop: 'crab' −6.1."
+    sentence += " The first lossy step is ONNX Runtime."
     assert report["verdict"]["status"] == "FAIL"
     assert report["verdict"]["sentence"] == sentence
     page, markdown = written(report, run_dir)
@@ -401,6 +402,77 @@ def test_the_gallery_shows_objects_of_different_sizes_from_all_over_the_set() ->
     shown = _shown([record(index, *edges) for index, edges in enumerate(sizes)])
     assert [image["image_id"] for image in shown] == list(range(2, 100, 10))
     assert _shown([record(0), record(1)]) == []
+
+
+def test_the_ladder_shows_every_step_with_its_interval_and_the_largest_loss(manifests: Any, run_dir: Path) -> None:
+    report = report_of(run_dir, manifests)
+    ladder = report["ladder"]
+    assert [(row["name"], row["compared_with"]) for row in ladder["rows"]] == [
+        ("detectron2", None),
+        ("torch, fixed canvas", "detectron2"),
+        ("ONNX Runtime", "torch, fixed canvas"),
+        ("TensorRT", None),
+        ("Triton, concurrency 1", "ONNX Runtime"),
+        ("Triton, concurrency 8", "Triton, concurrency 1"),
+    ]
+    assert ladder["rows"][1]["difference"] == {"value": -0.09, "low": -0.31, "high": 0.12}
+    assert ladder["verdict"]["first_lossy_rung"] is None
+    assert ladder["verdict"]["sentence"] == (
+        "None of the 4 measured steps loses more than its gates allow. The largest loss of AP is −0.090 at torch, "
+        "fixed canvas (95 % interval −0.310 to 0.120). Not run: TensorRT."
+    )
+    page, markdown = written(report, run_dir)
+    for text in (read_page(page).text, markdown):
+        assert ladder["verdict"]["sentence"] in text
+        assert "98.25 %" in text
+        assert "whale & <calf>" in text
+        assert "class logits" in text
+    assert "| −0.090 [−0.31, +0.12] |" in markdown
+
+
+def test_the_ladders_verdict_names_the_first_rung_that_failed_a_gate(manifests: Any, run_dir: Path) -> None:
+    for gate in manifests["validate"]["gates"][:2]:
+        gate["passed"] = False
+    manifests["deploy"]["gates"][0]["passed"] = False
+    report = report_of(run_dir, manifests)
+    verdict = report["ladder"]["verdict"]
+    assert verdict["first_lossy_rung"] == "ONNX Runtime"
+    assert verdict["sentence"].startswith("First lossy step: ONNX Runtime, made from torch, fixed canvas: AP drop")
+    failed = [row["name"] for row in report["ladder"]["rows"] if row["status"] == "failed"]
+    assert failed == ["ONNX Runtime", "Triton, concurrency 8"]
+
+
+def test_a_picture_of_an_image_that_changed_is_in_the_page_and_linked_from_the_markdown(
+    manifests: Any, run_dir: Path
+) -> None:
+    (run_dir / "validate").mkdir()
+    Image.new("RGB", (60, 20), (200, 30, 30)).save(run_dir / "validate" / "changed_torch_fixed_canvas_7.jpg")
+    page, markdown = written(report_of(run_dir, manifests), run_dir)
+    (picture,) = read_page(page).images
+    assert str(picture["src"]).startswith("data:image/jpeg;base64,")
+    assert picture["alt"] == (
+        "Image 7 with the detections of detectron2 on the left and of torch, fixed canvas on the right"
+    )
+    (link,) = re.findall(r"!\[image 7\]\((.*?)\)", markdown)
+    assert (run_dir / "report" / link).is_file()
+
+
+def test_masks_have_columns_of_their_own_on_the_ladder(manifests: Any, run_dir: Path) -> None:
+    row = manifests["validate"]["facts"]["rows"][2]
+    row.update(segm_AP=21.75)
+    row["differences"]["segm_AP"] = {"value": -0.375, "low": -0.5, "high": -0.25}
+    row["agreement"].update(mask_iou_p01=0.8125, mask_iou_p50=0.9875)
+    page, markdown = written(report_of(run_dir, manifests), run_dir)
+    for text in (read_page(page).text, markdown):
+        assert "−0.375" in text
+        assert "0.8125 / 0.9875" in text
+    test_every_table_of_the_markdown_is_rectangular(manifests, run_dir)
+
+
+def test_the_engine_names_the_architectures_it_could_not_be_built_for(manifests: Any, run_dir: Path) -> None:
+    page, markdown = written(report_of(run_dir, manifests), run_dir)
+    assert "not built for 12.0 needs 1.2 GB | more than it has" in read_page(page).text
+    assert "not built for compute capability 12.0: needs 1.2 GB \\| more than it has" in markdown
 
 
 def with_teacher(manifests: dict[str, Any], *teacher_aps: float) -> None:

@@ -21,7 +21,7 @@ from serving.config import BenchmarkConfig
 from serving.model_config import ModelConfig
 from serving.model_repository import versions
 from serving.servers import SERVERS, Ports, ServerError
-from tests.pipeline.small_run import SmallRun
+from tests.pipeline.small_run import PERFECT, SmallRun
 from tests.serving.pixel_means import needs_tritonserver
 
 pytestmark = [pytest.mark.server, needs_tritonserver, pytest.mark.timeout(120)]
@@ -89,7 +89,7 @@ def test_a_version_that_fails_its_gates_gives_way_to_the_one_served_before(small
     small_run.run()
     assert facts_of(small_run)["rolled_back_to"] is None
     for version in (2, 3):  # the third must not fall back to the second, which failed too
-        small_run.facts |= {"on_canvas": 50.0, "onnxruntime": {"AP": float(version)}}
+        small_run.facts |= {"in_process": PERFECT, "onnxruntime": {"AP": float(version)}}
         with pytest.raises(GateFailed, match=r"version 1, served before, is served again"):
             small_run.run()
         assert (facts_of(small_run)["version"], facts_of(small_run)["rolled_back_to"]) == (version, 1)
@@ -101,14 +101,14 @@ def test_a_version_that_fails_its_gates_gives_way_to_the_one_served_before(small
         TritonRunner(server.grpc_url, "m") as runner,
     ):
         assert runner.provenance["AP"] == 11.0
-    small_run.facts |= {"on_canvas": 0.0, "onnxruntime": {"AP": 4.0}}
+    small_run.facts |= {"in_process": [], "onnxruntime": {"AP": 4.0}}
     small_run.run()
     assert (facts_of(small_run)["version"], facts_of(small_run)["rolled_back_to"]) == (4, None)
     assert config_of(small_run).version_policy.specific == ()
 
 
 def test_a_first_version_that_fails_its_gates_has_nothing_to_give_way_to(small_run: SmallRun) -> None:
-    small_run.facts["on_canvas"] = 50.0
+    small_run.facts["in_process"] = PERFECT
     with pytest.raises(GateFailed) as failure:
         small_run.run()
     assert "served again" not in str(failure.value)
@@ -121,7 +121,7 @@ def test_a_running_server_serves_the_earlier_version_again(small_run: SmallRun, 
     shared = small_run.repository
     with SERVERS["wheel"].start(shared, ["m"], log_path=tmp_path / "log") as server:
         small_run.serving |= {"url": server.grpc_url, "repository": str(shared)}
-        small_run.facts |= {"on_canvas": 50.0, "onnxruntime": {"AP": 2.0}}
+        small_run.facts |= {"in_process": PERFECT, "onnxruntime": {"AP": 2.0}}
         with pytest.raises(GateFailed, match="served again"):
             small_run.run()
         assert versions(shared, "m") == [1, 2]

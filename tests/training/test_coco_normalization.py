@@ -162,10 +162,10 @@ def test_perfect_detections_on_a_set_that_counts_from_zero_have_ap_100(tmp_path:
     dataset = dataset_of(artifact, "validation")
     assert dataset.annotation_file == artifact.path("instances_validation.json")
     assert dataset.image_dir == validation.parent / "images"
-    assert average_precision(dataset.annotation_file, perfect(dataset), dataset.category_ids)["AP"] == pytest.approx(
-        100
-    )
-    assert average_precision(validation, perfect(dataset), dataset.category_ids)["AP"] < 60, "nothing to repair"
+    assert average_precision(dataset.annotation_file, perfect(dataset), dataset.category_ids).scores[
+        "AP"
+    ] == pytest.approx(100)
+    assert average_precision(validation, perfect(dataset), dataset.category_ids).scores["AP"] < 60, "nothing to repair"
 
     facts = artifact.manifest.facts
     assert facts["train"]["digest"] == dataset_digest(read_repairable(file)) == artifact.manifest.inputs["train"]
