@@ -192,11 +192,14 @@ def combined(results: Iterable[MatchResult]) -> MatchResult:
 def batch_invariance(
     runner: Runner, images: Sequence[np.ndarray], *, score_floor: float = 0.3, seed: int = 0
 ) -> BatchInvariance:
-    """Run the same images alone, in full batches with a ragged last one, in pairs, and shuffled.
+    """Run the same images alone, in batches of 2, 3 and the largest size, and shuffled in batches of the largest size.
+
+    Every arrangement has a full batch and ends with a ragged one: where the images are too few, or too even in number,
+    they are taken from the start again.
 
     Args:
         runner: whatever runs the detector.
-        images: uint8 (3, H, W) canvases; the last batch is ragged when the largest batch does not divide their number.
+        images: uint8 (3, H, W) canvases, at least one.
         score_floor: detections above it must have a partner (same class, IoU >= 0.999 or within 0.01 px, score within
             1e-3) in every arrangement.
         seed: of the shuffle.
@@ -211,9 +214,10 @@ def batch_invariance(
     ]
     arrangements.append((f"shuffled, batches of {largest}", shuffled, largest))
     failed, num_unmatched, sizes = [], 0, {1}
-    for name, order, size in arrangements:
+    for name, given, size in arrangements:
+        order = _with_a_ragged_end(given, size)
         batched = _detections(runner, [images[i] for i in order], size)
-        sizes |= {min(size, len(images) - start) for start in range(0, len(images), size)}
+        sizes |= {min(size, len(order) - start) for start in range(0, len(order), size)}
         count = sum(
             match_detections(
                 alone[i],
@@ -233,6 +237,13 @@ def batch_invariance(
         score_floor=score_floor,
         failed=tuple(failed),
     )
+
+
+def _with_a_ragged_end(order: list[int], size: int) -> list[int]:
+    """The order, from its start again until a full batch and a smaller one come out; there is none smaller than 1."""
+    length = max(len(order), size + 1)
+    length += size > 1 and length % size == 0
+    return [order[i % len(order)] for i in range(length)]
 
 
 def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from export.parity import MatchResult, batch_invariance, combined, match_detections, pairwise_iou
-from export.runners import OnnxRuntimeRunner, TorchRunner
+from export.runners import OnnxRuntimeRunner, Runner, TorchRunner
 from export.signature import Detections
 from tests.export.conftest import Exported, canvases
+from tests.serving.pixel_means import make_signature
 
 BOXES = [[0, 0, 50, 50], [10, 10, 60, 90], [100, 100, 104, 104]]
 
@@ -109,6 +111,69 @@ def test_the_exported_file_gives_an_image_the_same_detections_in_every_batch(exp
         result = batch_invariance(runner, images, score_floor=0.05)
     assert (result.num_images, result.num_unmatched, result.failed) == (11, 0, ())
     assert result.batch_sizes == (1, 2, 3, 8)
+
+
+class _Recorder(Runner):
+    """Finds in an image of brightness b one box with score b / 255, and remembers the sizes of its batches."""
+
+    name = "recorder"
+
+    def __init__(self, max_batch_size: int) -> None:
+        self.signature = make_signature(max_batch_size=max_batch_size)
+        self.batch_sizes: list[int] = []
+
+    def run(self, images: np.ndarray) -> list[Detections]:
+        self.batch_sizes.append(len(images))
+        return [detections([[0, 0, 9, 9]], [float(image[0, 0, 0]) / 255], [0]) for image in images]
+
+
+class _SpoilsFullBatches(_Recorder):
+    def run(self, images: np.ndarray) -> list[Detections]:
+        spoilt = len(images) == self.signature.max_batch_size
+        return super().run(images[::-1] if spoilt else images)
+
+
+class _KeepsWhatAFullBatchLeft(_Recorder):
+    """A batch smaller than the one before gets that one's answers, as from a buffer that was not written anew."""
+
+    def __init__(self, max_batch_size: int) -> None:
+        super().__init__(max_batch_size)
+        self._buffer: list[Detections] = []
+
+    def run(self, images: np.ndarray) -> list[Detections]:
+        if len(images) >= len(self._buffer):
+            self._buffer = super().run(images)
+        return self._buffer[: len(images)]
+
+
+def brightnesses(num_images: int) -> list[np.ndarray]:
+    return [np.full((3, 48, 64), 60 + 10 * index, np.uint8) for index in range(num_images)]
+
+
+@pytest.mark.parametrize(("num_images", "largest"), [(4, 8), (5, 2), (6, 3), (8, 8), (12, 4), (19, 8), (1, 16)])
+def test_every_size_comes_as_a_full_batch_and_with_a_ragged_one_behind_it(num_images: int, largest: int) -> None:
+    runner = _Recorder(largest)
+    result = batch_invariance(runner, brightnesses(num_images), score_floor=0.05)
+    assert result.failed == ()
+    tried = runner.batch_sizes
+    followed = {(a, b) for a, b in itertools.pairwise(tried) if b < a}
+    assert {1, min(2, largest), min(3, largest), largest} <= set(result.batch_sizes)
+    for size in {min(2, largest), min(3, largest), largest}:
+        assert any(a == size for a, _ in followed), f"no ragged batch behind one of {size}"
+
+
+def test_a_largest_batch_of_one_has_no_ragged_end() -> None:
+    result = batch_invariance(_Recorder(1), brightnesses(3), score_floor=0.05)
+    assert (result.batch_sizes, result.failed) == ((1,), ())
+
+
+@pytest.mark.parametrize("runner_class", [_SpoilsFullBatches, _KeepsWhatAFullBatchLeft])
+def test_a_fault_of_the_largest_batch_is_caught_with_fewer_images_than_it_holds(
+    runner_class: type[_Recorder],
+) -> None:
+    result = batch_invariance(runner_class(8), brightnesses(5), score_floor=0.05)
+    assert result.num_unmatched > 0
+    assert {"batches of 8", "shuffled, batches of 8"} <= set(result.failed)
 
 
 class _LeaksIntoTheNextImage(nn.Module):
