@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+NmsChoice = Literal["portable", "onnx", "outside"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -14,6 +16,10 @@ class ExportConfig:
         canvas: (H, W) of the graph's input in pixels, divisible by the backbone's stride.
         short_edge_pixels, max_edge_pixels: detectron2's ``ResizeShortestEdge`` rule, so that an image fits the canvas.
         max_batch_size: largest batch of graph and engine; every size from 1 on is accepted.
+        nms: where overlapping boxes of a class are dropped; the detections are the same. "portable": in the graph, with
+            operators that every target has. "onnx": in the graph, as the operator ``NonMaxSuppression``, which
+            TensorRT-RTX lacks. "outside": the model ends at the candidates, and runners and this project's Python
+            backend do the rest; Triton's own backends cannot serve it.
         precision: of the engine (:data:`export.targets.tensorrt_target.PRECISIONS`).
         compute_capabilities: GPU architectures to build the engine for, "75" is Turing (T4), "80" A100, "86" A10,
             "89" L4, "120" Blackwell RTX. TensorRT proper builds for the GPU it runs on.
@@ -23,6 +29,7 @@ class ExportConfig:
     short_edge_pixels: int = 256
     max_edge_pixels: int = 256
     max_batch_size: int = 8
+    nms: NmsChoice = "portable"
     precision: Literal["fp32", "tf32"] = "fp32"
     compute_capabilities: tuple[str, ...] = ("75", "80", "86", "89", "120")
 

@@ -17,15 +17,17 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
+from export.config import NmsChoice
 from export.graph_parts import (
     DetectorGraph,
     InferenceSettings,
     Outputs,
     boxes_from_deltas,
+    ended,
     named_levels,
-    on_canvas,
+    nms_of,
 )
-from export.nms import greedy_nms, rows
+from export.nms import rows
 from export.signature import DetectorSignature
 from training.detectors.location_detector import LocationDetector
 from training.detectors.locations import location_grid
@@ -44,28 +46,28 @@ def dense_settings(detector: DenseDetector) -> InferenceSettings:
     )
 
 
-def retinanet_graph(detector: RetinaNet, signature: DetectorSignature) -> DenseGraph:
+def retinanet_graph(detector: RetinaNet, signature: DetectorSignature, nms: NmsChoice) -> DenseGraph:
     """The export graph of detectron2's RetinaNet."""
     features = _features_on_canvas(detector, signature)
     anchors = [boxes.tensor for boxes in detector.anchor_generator(features)]
-    return DenseGraph(detector, signature, DeltaDecoder(detector, anchors))
+    return DenseGraph(detector, signature, DeltaDecoder(detector, anchors), nms)
 
 
-def fcos_graph(detector: FCOS, signature: DetectorSignature) -> DenseGraph:
+def fcos_graph(detector: FCOS, signature: DetectorSignature, nms: NmsChoice) -> DenseGraph:
     """The export graph of detectron2's FCOS; its centerness may come from either tower, that is inside its head."""
     features = _features_on_canvas(detector, signature)
     anchors = [boxes.tensor for boxes in detector.anchor_generator(features)]
     centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in anchors]
     by_size = detector.box2box_transform.normalize_by_size
     units = [boxes[:, 2] - boxes[:, 0] if by_size else torch.ones_like(boxes[:, 0]) for boxes in anchors]
-    return DenseGraph(detector, signature, FcosDecoder(detector, centres, units))
+    return DenseGraph(detector, signature, FcosDecoder(detector, centres, units), nms)
 
 
-def location_graph(detector: LocationDetector, signature: DetectorSignature) -> DenseGraph:
+def location_graph(detector: LocationDetector, signature: DetectorSignature, nms: NmsChoice) -> DenseGraph:
     """The export graph of paper-style FCOS and ATSS."""
     grid = location_grid(_features_on_canvas(detector, signature), detector.strides)
     points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
-    return DenseGraph(detector, signature, LocationDecoder(detector, points, strides))
+    return DenseGraph(detector, signature, LocationDecoder(detector, points, strides), nms)
 
 
 class DenseGraph(DetectorGraph):
@@ -76,9 +78,12 @@ class DenseGraph(DetectorGraph):
         signature: canvas, thresholds and number of detections.
         decoder: called with a level's index and the head's outputs on it; returns the level's :data:`Candidates`, those
             below the threshold with score 0. Its ``head_tensor_names`` names the head's outputs.
+        nms: see :func:`export.detector_graph.detector_graph`.
     """
 
-    def __init__(self, detector: DenseDetector, signature: DetectorSignature, decoder: nn.Module) -> None:
+    def __init__(
+        self, detector: DenseDetector, signature: DetectorSignature, decoder: nn.Module, nms: NmsChoice
+    ) -> None:
         super().__init__()
         self.backbone = detector.backbone
         self.head = detector.head
@@ -86,6 +91,7 @@ class DenseGraph(DetectorGraph):
         self.head_tensor_names = decoder.head_tensor_names
         self.head_in_features = tuple(detector.head_in_features)
         self.signature = signature
+        self.nms = nms_of(nms, len(signature.class_names))
         self.register_buffer("mean", detector.pixel_mean.detach().clone().float())
         self.register_buffer("std", detector.pixel_std.detach().clone().float())
         self.eval()
@@ -95,14 +101,8 @@ class DenseGraph(DetectorGraph):
         outputs = self.head([features[name] for name in self.head_in_features])
         levels = [self.decoder(level, *predicted) for level, predicted in enumerate(zip(*outputs, strict=True))]
         boxes, scores, labels = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
-        boxes, scores, labels = greedy_nms(
-            boxes,
-            scores,
-            labels,
-            iou_threshold=self.signature.nms_threshold,
-            max_detections=self.signature.max_detections,
-        )
-        return on_canvas(boxes, scores, labels, self.signature), named_levels(self.head_tensor_names, outputs)
+        detections = ended(boxes, scores, labels, self.nms, self.signature)
+        return detections, named_levels(self.head_tensor_names, outputs)
 
 
 class DeltaDecoder(nn.Module):

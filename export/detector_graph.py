@@ -15,6 +15,7 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
+from export.config import NmsChoice
 from export.dense_graph import dense_settings, fcos_graph, location_graph, retinanet_graph
 from export.graph_parts import DetectorGraph, InferenceSettings
 from export.signature import DetectorSignature
@@ -34,12 +35,12 @@ class Family(NamedTuple):
     """How detectors of a class, and of its subclasses, are exported.
 
     Attributes:
-        graph: called with detector and signature; what :func:`detector_graph` returns.
+        graph: called with detector, signature and NMS; what :func:`detector_graph` returns.
         settings: reads the detector's own thresholds and limits.
         refusal: what a detector of the class has that the graph cannot do; None for nothing.
     """
 
-    graph: Callable[[Any, DetectorSignature], DetectorGraph]
+    graph: Callable[[Any, DetectorSignature, NmsChoice], DetectorGraph]
     settings: Callable[[Any], InferenceSettings]
     refusal: Callable[[Any], str | None] = lambda detector: None
 
@@ -52,7 +53,7 @@ FAMILIES: dict[type[nn.Module], Family] = {
 }
 
 
-def detector_graph(detector: nn.Module, signature: DetectorSignature) -> DetectorGraph:
+def detector_graph(detector: nn.Module, signature: DetectorSignature, nms: NmsChoice = "portable") -> DetectorGraph:
     """Build the export graph of a stock detector.
 
     The graph shares the detector's parameters, sets it to eval mode and lives on its device.
@@ -60,9 +61,11 @@ def detector_graph(detector: nn.Module, signature: DetectorSignature) -> Detecto
     Args:
         detector: a detectron2 detector.
         signature: what the graph must take and give (:func:`signature_of`).
+        nms: how overlapping boxes are dropped (:class:`export.config.ExportConfig`).
 
     Returns:
-        A module: uint8 images (N, 3, H, W) → the signature's outputs in their order.
+        A module: uint8 images (N, 3, H, W) → the signature's outputs in their order, or with ``nms="outside"`` the
+        :data:`export.candidate_nms.CANDIDATES` that :func:`export.candidate_nms.outputs_from_candidates` makes them of.
 
     Raises:
         UnsupportedDetector: no rule for this family, or canvas, classes and detector do not fit together.
@@ -86,7 +89,12 @@ def detector_graph(detector: nn.Module, signature: DetectorSignature) -> Detecto
             f"export: the detector takes up to {settings.num_candidates} candidates at once and TensorRT at most "
             f"{MAX_CANDIDATES}; lower the detector's top-k for inference"
         )
-    return family.graph(detector, signature)
+    if nms == "outside" and signature.mask_size is not None:
+        raise UnsupportedDetector(
+            f"export: {type(detector).__name__} draws masks after NMS, which must be in the graph for that; export.nms "
+            "is 'outside', and can be 'portable' or 'onnx'"
+        )
+    return family.graph(detector, signature, nms)
 
 
 def signature_of(

@@ -5,13 +5,16 @@ Shape legend: N images, R detection slots.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from export.nms import rows
+from export.config import NmsChoice
+from export.nms import greedy_nms, rows
+from export.onnx_nms import onnx_nms
 from export.signature import DetectorSignature
 
 HEAD_PREFIX = "head/"
@@ -48,6 +51,21 @@ class DetectorGraph(nn.Module):
         raise NotImplementedError
 
 
+class Nms(Protocol):
+    """Greedy class-wise NMS of a batch, as :func:`export.nms.greedy_nms` describes it."""
+
+    def __call__(
+        self, boxes: Tensor, scores: Tensor, labels: Tensor, *, iou_threshold: float, max_detections: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+def nms_of(choice: NmsChoice, num_classes: int) -> Nms | None:
+    """The NMS that a graph ends with; None: it ends before."""
+    if choice == "outside":
+        return None
+    return greedy_nms if choice == "portable" else functools.partial(onnx_nms, num_classes=num_classes)
+
+
 class InferenceSettings(NamedTuple):
     """How a detector turns predictions into detections.
 
@@ -75,6 +93,16 @@ def boxes_from_deltas(deltas: Tensor, boxes: Tensor, weights: Sequence[float], s
     centre = deltas[..., :2] * size + centre
     size = deltas[..., 2:].clamp(max=scale_clamp).exp() * size
     return torch.cat([centre - 0.5 * size, centre + 0.5 * size], dim=-1)
+
+
+def ended(
+    boxes: Tensor, scores: Tensor, labels: Tensor, nms: Nms | None, signature: DetectorSignature
+) -> tuple[Tensor, ...]:
+    """The end of a graph: NMS of the candidates and :func:`on_canvas`, or the candidates where NMS is outside."""
+    if nms is None:
+        return boxes, scores, labels
+    kept = nms(boxes, scores, labels, iou_threshold=signature.nms_threshold, max_detections=signature.max_detections)
+    return on_canvas(*kept, signature)
 
 
 def on_canvas(

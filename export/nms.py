@@ -17,14 +17,14 @@ Shape legend: N images, C candidates, R detection slots, W the window.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._higher_order_ops.while_loop import while_loop
 
+from export.candidate_nms import TINY, largest_float32_up_to
+
 WINDOW = 64
 ROUNDS = 4
-_TINY = float(np.finfo(np.float32).tiny)
 
 
 def greedy_nms(
@@ -42,7 +42,7 @@ def greedy_nms(
     Returns:
         Boxes (N, R, 4), scores (N, R) descending, labels (N, R); empty slots are zero.
     """
-    threshold = _largest_float32_up_to(iou_threshold)
+    threshold = largest_float32_up_to(iou_threshold)
     num_window = min(WINDOW, scores.shape[1])
     position = torch.arange(num_window, device=boxes.device)
     earlier = position[:, None] < position[None, :]
@@ -99,10 +99,4 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     intersection = width * height
     union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - intersection
-    return intersection / union.clamp(min=_TINY)
-
-
-def _largest_float32_up_to(value: float) -> float:
-    """``x > value`` for float32 x, as torchvision compares it in float64, is ``x > this`` in float32."""
-    rounded = np.float32(value)
-    return float(rounded if float(rounded) <= value else np.nextafter(rounded, np.float32(-1)))
+    return intersection / union.clamp(min=TINY)

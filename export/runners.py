@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -12,6 +12,7 @@ import onnxruntime
 import torch
 from torch import nn
 
+from export.candidate_nms import CANDIDATES, candidate_outputs, outputs_from_candidates
 from export.signature import Detections, DetectorSignature, detections_from_outputs
 from export.targets.tensorrt_target import EngineUnavailable, load_tensorrt, quiet_logger
 
@@ -105,6 +106,7 @@ class OnnxRuntimeRunner(Runner):
         self._session = onnxruntime.InferenceSession(
             str(onnx_path), options, providers=usable_providers() if providers is None else list(providers)
         )
+        self._output_names = [output.name for output in self._session.get_outputs()]
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -113,12 +115,24 @@ class OnnxRuntimeRunner(Runner):
 
     def run(self, images: np.ndarray) -> list[Detections]:
         self.signature.check_images(images)
-        names = self.signature.output_names
-        outputs = self._session.run(list(names), {self.signature.input_name: images})
-        return detections_from_outputs(dict(zip(names, outputs, strict=True)))
+        outputs = self._session.run(None, {self.signature.input_name: images})
+        return _detections(dict(zip(self._output_names, outputs, strict=True)), self.signature)
 
     def close(self) -> None:
         del self._session
+
+
+def _detections(outputs: Mapping[str, np.ndarray], signature: DetectorSignature) -> list[Detections]:
+    """The detections in what a model file gives; where it ends at candidates, NMS is done here."""
+    if CANDIDATES[0] in outputs:
+        outputs = outputs_from_candidates(
+            *(outputs[name] for name in CANDIDATES),
+            iou_threshold=signature.nms_threshold,
+            max_detections=signature.max_detections,
+            canvas_height=signature.canvas_height,
+            canvas_width=signature.canvas_width,
+        )
+    return detections_from_outputs(outputs)
 
 
 def usable_providers() -> list[Any]:
@@ -166,9 +180,12 @@ class TensorRTRunner(Runner):
             )
         self._context = self._engine.create_execution_context()
         self._stream = torch.cuda.Stream()
+        outputs = signature.outputs
+        if CANDIDATES[0] in {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}:
+            outputs = candidate_outputs(self._engine.get_tensor_shape(CANDIDATES[0])[1])
         self._outputs = {
             name: torch.empty((signature.max_batch_size, *shape), device="cuda", dtype=_TORCH_DTYPES[dtype])
-            for name, (dtype, shape) in signature.outputs.items()
+            for name, (dtype, shape) in outputs.items()
         }
 
     def run(self, images: np.ndarray) -> list[Detections]:
@@ -183,7 +200,7 @@ class TensorRTRunner(Runner):
             if not self._context.execute_async_v3(self._stream.cuda_stream):
                 raise RuntimeError(f"engine: TensorRT failed to run a batch of {num_images}")
             outputs = {name: buffer[:num_images].cpu().numpy() for name, buffer in self._outputs.items()}
-        return detections_from_outputs(outputs)
+        return _detections(outputs, self.signature)
 
     def close(self) -> None:
         del self._context, self._engine, self._runtime

@@ -19,14 +19,16 @@ from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead, StandardROIHeads
 from torch import Tensor, nn
 
+from export.config import NmsChoice
 from export.dense_graph import by_location, top_pairs, zero_below
 from export.graph_parts import (
     DetectorGraph,
     InferenceSettings,
     Outputs,
     boxes_from_deltas,
+    ended,
     named_levels,
-    on_canvas,
+    nms_of,
 )
 from export.nms import greedy_nms, rows
 from export.roi_pooling import PyramidPooling, evenly, in_chunks, maps_of
@@ -65,14 +67,14 @@ def why_unsupported(detector: GeneralizedRCNN) -> str | None:
     return None
 
 
-def two_stage_graph(detector: GeneralizedRCNN, signature: DetectorSignature) -> TwoStageGraph:
+def two_stage_graph(detector: GeneralizedRCNN, signature: DetectorSignature, nms: NmsChoice) -> TwoStageGraph:
     """The export graph of detectron2's Faster or Mask R-CNN."""
     images = torch.zeros(1, *signature.image_shape, device=detector.pixel_mean.device)
     with torch.no_grad():
         features = detector.eval().backbone(images)
-    proposals = Proposals(detector.proposal_generator, features, signature)
+    proposals = Proposals(detector.proposal_generator, features, signature, nms)
     grids = {name: (level.shape[2], level.shape[3]) for name, level in features.items()}
-    return TwoStageGraph(detector, signature, proposals, grids)
+    return TwoStageGraph(detector, signature, proposals, grids, nms)
 
 
 class Proposals(nn.Module):
@@ -80,14 +82,16 @@ class Proposals(nn.Module):
 
     Args:
         features: of an empty canvas, for the anchors, which are constants.
+        nms: "outside" is portable here, as the second stage follows.
     """
 
-    def __init__(self, rpn: RPN, features: dict[str, Tensor], signature: DetectorSignature) -> None:
+    def __init__(self, rpn: RPN, features: dict[str, Tensor], signature: DetectorSignature, nms: NmsChoice) -> None:
         super().__init__()
         self.head = rpn.rpn_head
         self.in_features = tuple(rpn.in_features)
         self.transform = rpn.box2box_transform
         self.num_candidates, self.num_proposals = rpn.pre_nms_topk[False], rpn.post_nms_topk[False]
+        self.nms = nms_of(nms, len(self.in_features)) or greedy_nms
         self.nms_threshold, self.min_box_size = rpn.nms_thresh, rpn.min_box_size
         self.signature = signature
         for level, boxes in enumerate(rpn.anchor_generator([features[name] for name in self.in_features])):
@@ -100,7 +104,7 @@ class Proposals(nn.Module):
         boxes = clipped(boxes, self.signature)
         size = boxes[..., 2:] - boxes[..., :2]
         scores = torch.where((size > self.min_box_size).all(dim=-1), scores, torch.zeros_like(scores))
-        boxes, scores, _ = greedy_nms(
+        boxes, scores, _ = self.nms(
             boxes, scores, labels, iou_threshold=self.nms_threshold, max_detections=self.num_proposals
         )
         return boxes, (scores > 0).sum(dim=1, keepdim=True).int(), outputs
@@ -123,6 +127,7 @@ class TwoStageGraph(DetectorGraph):
         detector: shares its backbone and heads with the graph; set to eval mode.
         proposals: the first stage.
         grids: (h, w) of each level on the canvas.
+        nms: see :func:`export.detector_graph.detector_graph`.
     """
 
     head_tensor_names = ("objectness_logits", "anchor_deltas")
@@ -133,6 +138,7 @@ class TwoStageGraph(DetectorGraph):
         signature: DetectorSignature,
         proposals: Proposals,
         grids: dict[str, tuple[int, int]],
+        nms: NmsChoice,
     ) -> None:
         super().__init__()
         heads = detector.roi_heads
@@ -143,6 +149,7 @@ class TwoStageGraph(DetectorGraph):
         self.box_head = heads.box_head
         self.box_predictor = heads.box_predictor
         self.num_classes = heads.num_classes
+        self.nms = nms_of(nms, self.num_classes)
         if heads.mask_on:
             self.mask_in_features = tuple(heads.mask_in_features)
             self.mask_pooling = PyramidPooling(heads.mask_pooler, [grids[name] for name in self.mask_in_features])
@@ -155,14 +162,10 @@ class TwoStageGraph(DetectorGraph):
     def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         features = self.backbone((images.float() - self.mean) / self.std)
         proposals, num_proposals, predicted = self.proposals(features)
-        boxes, scores, labels = greedy_nms(
-            *self._boxes_of_classes(features, proposals, num_proposals),
-            iou_threshold=self.signature.nms_threshold,
-            max_detections=self.signature.max_detections,
-        )
-        num_detections, boxes, scores, labels = on_canvas(boxes, scores, labels, self.signature)
-        outputs: Outputs = (num_detections, boxes, scores, labels)
+        candidates = self._boxes_of_classes(features, proposals, num_proposals)
+        outputs = ended(*candidates, self.nms, self.signature)
         if self.signature.mask_size is not None:
+            num_detections, boxes, _, labels = outputs
             outputs += (self._masks(features, boxes, labels, num_detections),)
         return outputs, named_levels(self.head_tensor_names, predicted)
 

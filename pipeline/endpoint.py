@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from export.config import NmsChoice
 from export.signature import DetectorSignature
 from pipeline import environment
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, RecipeError
 from serving.client import TritonRunner, load_model
 from serving.config import ServingConfig
 from serving.model_config import DynamicBatching, InstanceGroup
@@ -50,6 +51,19 @@ def check_server(config: ServingConfig) -> None:
         raise ServerError(
             f"serving.device=cuda asks for a GPU, but there is {environment.facts()['gpu_reason']}; set "
             "serving.device=cpu, or auto to use a GPU where there is one"
+        )
+
+
+def check_serves_nms(nms: NmsChoice, config: ServingConfig) -> None:
+    """Check that a model whose NMS is outside goes where something does it.
+
+    Raises:
+        RecipeError: it goes to a backend that runs the file alone.
+    """
+    if nms == "outside" and config.backend_of_server != "python":
+        raise RecipeError(
+            f"export.nms=outside ends the model at candidates and serving.backend={config.backend_of_server} runs the "
+            "model alone; set serving.backend=python, which does the rest, or export.nms=portable"
         )
 
 

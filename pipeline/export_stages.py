@@ -50,7 +50,9 @@ def export(context: StageContext) -> StageResult:
         max_batch_size=config.max_batch_size,
     )
     path = context.directory / ONNX_MODEL
-    onnx_facts = export_onnx(detector_graph(student, signature), signature, path)
+    onnx_facts = export_onnx(
+        detector_graph(student, signature, config.nms), signature, path, ends_at_candidates=config.nms == "outside"
+    )
     signature.write(context.directory)
     removed = set(json.loads(context.inputs["strip"].path(REMOVED_TENSORS_FILE).read_text()))
     num_teacher = len(removed & initializer_digests(path))
@@ -63,6 +65,7 @@ def export(context: StageContext) -> StageResult:
     ]
     facts = {
         **dataclasses.asdict(onnx_facts),
+        "nms": config.nms,
         "num_teacher_initializers": num_teacher,
         "batch_sizes_checked": invariance.batch_sizes,
     }

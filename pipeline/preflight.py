@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from export.detector_graph import detector_graph, signature_of
-from pipeline.endpoint import check_server
+from pipeline.endpoint import check_server, check_serves_nms
 from pipeline.errors import RecipeError
 from pipeline.overrides import one_line
 from pipeline.recipe import Recipe
@@ -26,7 +26,8 @@ def preflight(recipe: Recipe) -> None:
     """Check that the recipe's parts fit each other and this machine, and that the server can start here.
 
     Raises:
-        RecipeError: the model cannot be built, or the distiller's schedule lies outside the training.
+        RecipeError: the model cannot be built, the distiller's schedule lies outside the training, or the server's
+            backend cannot do the NMS.
         UnsupportedStudent, StudentUnsuited, LgdInputError, UnsupportedDetector: distiller or export do not fit the
             student.
         LaunchError: the processes do not fit the batch or the machine.
@@ -51,7 +52,8 @@ def preflight(recipe: Recipe) -> None:
         category_ids=range(NUM_CLASSES),
         max_batch_size=export.max_batch_size,
     )
-    detector_graph(student, signature)
+    detector_graph(student, signature, export.nms)
+    check_serves_nms(export.nms, recipe.sections["serving"])
     check_server(recipe.sections["serving"])
 
 

@@ -74,7 +74,8 @@ def deploy(context: StageContext) -> StageResult:
     repository = repository_of(config, context.run_dir)
     previous = served_version(repository, config.model_name)
     version = publish_version(config, repository, model_file, signature, provenance)
-    _write_other_configs(context, signature, provenance)
+    if context.inputs["export"].manifest.facts.get("nms") != "outside":  # they run the file alone
+        _write_other_configs(context, signature, provenance)
     facts = _described(config, repository, version)
     ladder = Ladder(
         dataset_of(context.inputs["data"], "validation"), signature, context, context.recipe.sections["parity"]

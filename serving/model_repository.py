@@ -1,10 +1,10 @@
 """Publish model versions into a Triton model repository, and verify them.
 
 ``<repository>/<model>/config.pbtxt`` and ``<repository>/<model>/<version>/{model file, signature.json, labels.txt,
-manifest.json}``; the Python backend's ``model.py`` lies in the version too. Everything that belongs to one version is
-in its directory, because Triton reloads every version when a file at model level changes. A version is staged on the
-same file system and renamed into place, so a server never sees half of one, and an existing version is never touched,
-not even a damaged one: publishing goes on with the next number.
+manifest.json}``; the Python backend's ``model.py`` and ``candidate_nms.py`` lie in the version too. Everything that
+belongs to one version is in its directory, because Triton reloads every version when a file at model level changes. A
+version is staged on the same file system and renamed into place, so a server never sees half of one, and an existing
+version is never touched, not even a damaged one: publishing goes on with the next number.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
+from export import candidate_nms
 from export.signature import DetectorSignature
 from serving.model_config import (
     MODEL_FILE_OF_BACKEND,
@@ -38,6 +39,7 @@ MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
 LABELS_FILE = "labels.txt"
 BACKEND_MODEL_FILE = Path(__file__).parent / "backends" / "onnxruntime_backend" / "model.py"
+BACKEND_NMS_FILE = Path(candidate_nms.__file__)
 _STAGING = ".staging"
 _LOCK = ".publish.lock"
 # Where this name is taken by a file, importing model.py writes no .pyc. Files that appear in a version after its first
@@ -99,7 +101,8 @@ def publish(
         staged.mkdir()
         shutil.copyfile(model_file, staged / MODEL_FILE_OF_BACKEND[backend])
         if backend == "python":
-            shutil.copyfile(BACKEND_MODEL_FILE, staged / BACKEND_MODEL_FILE.name)
+            for file in (BACKEND_MODEL_FILE, BACKEND_NMS_FILE):
+                shutil.copyfile(file, staged / file.name)
         signature.write(staged)
         (staged / LABELS_FILE).write_text("".join(f"{name}\n" for name in signature.class_names))
         content = {"model_name": model_name, "backend": backend, "provenance": dict(provenance)}

@@ -9,14 +9,16 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
 import torch
 from torch import Tensor, nn
 
+from export.candidate_nms import CANDIDATES, candidate_outputs
 from export.graph_parts import DetectorGraph, Outputs
+from export.onnx_nms import TRANSLATIONS
 from export.signature import DetectorSignature
 
 OPSET = 20
@@ -42,7 +44,9 @@ class OnnxFacts:
     ops: dict[str, int]
 
 
-def export_onnx(graph: DetectorGraph, signature: DetectorSignature, path: Path) -> OnnxFacts:
+def export_onnx(
+    graph: DetectorGraph, signature: DetectorSignature, path: Path, *, ends_at_candidates: bool = False
+) -> OnnxFacts:
     """Write the graph as ONNX, weights inside, with a symbolic batch dimension and no other.
 
     The file is checked (ONNX's own checker with shape inference, names and shapes against the signature), carries the
@@ -54,11 +58,13 @@ def export_onnx(graph: DetectorGraph, signature: DetectorSignature, path: Path) 
         graph: from :func:`export.detector_graph.detector_graph`.
         signature: the one the graph was built with.
         path: the file to write; an existing one is replaced.
+        ends_at_candidates: the graph was built with ``nms="outside"``.
     """
-    model = _exported(graph, signature)
+    output_names = CANDIDATES if ends_at_candidates else signature.output_names
+    model = _exported(graph, signature, output_names)
     onnx.helper.set_model_props(model, {SIGNATURE_KEY: signature.to_json()})
     onnx.checker.check_model(model, full_check=True)
-    _check_promise(model, signature)
+    _check_promise(model, signature, ends_at_candidates)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(model.SerializeToString())
     os.replace(partial, path)
@@ -84,7 +90,7 @@ class _WithHeadTensors(nn.Module):
         return (*outputs, *head_tensors.values())
 
 
-def _exported(graph: DetectorGraph, signature: DetectorSignature) -> onnx.ModelProto:
+def _exported(graph: DetectorGraph, signature: DetectorSignature, output_names: Sequence[str]) -> onnx.ModelProto:
     # Batch 2, because tracing bakes in a dimension of size 1. No gradients, because detectron2's frozen batch norm
     # takes a form that is not folded into the convolution when they are on.
     batch = torch.export.Dim("batch", min=1, max=max(signature.max_batch_size, 2))
@@ -98,13 +104,14 @@ def _exported(graph: DetectorGraph, signature: DetectorSignature) -> onnx.ModelP
             dynamo=True,
             opset_version=OPSET,
             input_names=[signature.input_name],
-            output_names=[*signature.output_names, *head_tensors],
+            output_names=[*output_names, *head_tensors],
             dynamic_shapes=({0: batch},),
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
         assert program is not None  # with dynamo=True it always returns the program
         model = program.model_proto
-    del model.graph.output[len(signature.output_names) :]
+    del model.graph.output[len(output_names) :]
     names: set[str] = set()
     for index, node in enumerate(_nodes(model.graph)):
         node.ClearField("metadata_props")  # stack traces with this machine's paths
@@ -116,11 +123,14 @@ def _exported(graph: DetectorGraph, signature: DetectorSignature) -> onnx.ModelP
     return model
 
 
-def _check_promise(model: onnx.ModelProto, signature: DetectorSignature) -> None:
+def _check_promise(model: onnx.ModelProto, signature: DetectorSignature, ends_at_candidates: bool) -> None:
     types = {"float32": onnx.TensorProto.FLOAT, "int32": onnx.TensorProto.INT32}
+    outputs = signature.outputs
+    if ends_at_candidates:  # as many as the detector's pyramid and top-k give
+        outputs = candidate_outputs(model.graph.output[1].type.tensor_type.shape.dim[1].dim_value)
     expected = [
         (signature.input_name, onnx.TensorProto.UINT8, signature.image_shape),
-        *((name, types[dtype], shape) for name, (dtype, shape) in signature.outputs.items()),
+        *((name, types[dtype], shape) for name, (dtype, shape) in outputs.items()),
     ]
     found = []
     for value in [*model.graph.input, *model.graph.output]:

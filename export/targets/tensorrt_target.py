@@ -25,7 +25,7 @@ _ALLOWED = {"fp32": {"FLOAT"}, "tf32": {"FLOAT"}}  # TF32 is a way to multiply f
 
 
 class EngineUnavailable(RuntimeError):
-    """TensorRT, a GPU it needs, or an engine for this GPU is not there."""
+    """TensorRT, a GPU or a layer it needs, or an engine for this GPU is not there."""
 
     exit_code = 4
 
@@ -126,7 +126,7 @@ def build_engine(
     Raises:
         UnsupportedEngine: unknown precision or architecture, or TensorRT refuses the graph, with the node's name.
         PrecisionMismatch: a layer is not of the precision asked for.
-        EngineUnavailable: no usable TensorRT.
+        EngineUnavailable: no usable TensorRT, or this one has no NMS layer and the graph asks for it.
     """
     if precision not in PRECISIONS:
         raise UnsupportedEngine(
@@ -138,6 +138,7 @@ def build_engine(
     start = time.monotonic()
     builder = trt.Builder(logger)
     network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
+    _check_nms(trt, network)
     layers_by_dtype = _audited(network, precision, onnx_path)
     excluded = _impossible(trt, network, compute_capabilities)
     remaining = [name for name in compute_capabilities if name not in excluded]
@@ -176,6 +177,17 @@ def _parsed(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, 
         reasons = "; ".join(f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
         raise UnsupportedEngine(f"engine: {trt.__name__} {trt.__version__} cannot parse {onnx_path}: {reasons}")
     return network, parser
+
+
+def _check_nms(trt: Any, network: Any) -> None:
+    """TensorRT-RTX reads ONNX's NonMaxSuppression, and fails in the build for lack of an implementation."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    found = [layer.name for layer in layers if layer.type == trt.LayerType.NMS]
+    if trt.__name__ == "tensorrt_rtx" and found:
+        raise EngineUnavailable(
+            f"engine: {trt.__name__} {trt.__version__} has no implementation of NonMaxSuppression (node {found[0]!r}), "
+            "which tensorrt has; export.nms=portable and export.nms=outside make an engine with either"
+        )
 
 
 def _audited(network: Any, precision: str, onnx_path: Path) -> dict[str, int]:

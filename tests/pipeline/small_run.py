@@ -30,7 +30,7 @@ class SmallRun:
     """Data, export, engine and validate in no time, then the real stages under ``folder/small[run]``.
 
     Attributes:
-        facts: of the engine stage, of the rows of validate, and what ONNX Runtime found in process.
+        facts: of the export and engine stages, of the rows of validate, and what ONNX Runtime found in process.
         output: what was printed.
     """
 
@@ -39,6 +39,7 @@ class SmallRun:
         self.output = io.StringIO()
         self.console = Console(file=self.output, soft_wrap=True, highlight=False)
         self.facts: dict[str, Any] = {
+            "export": {"nms": "portable"},
             "engine": {"status": "built", "reason": "", "library": "tensorrt_rtx", "version": "1.6"},
             "in_process": [],  # as good as what the model of pixel means finds
             "onnxruntime": {"AP": 11.0},
@@ -75,7 +76,7 @@ class SmallRun:
 
         return (
             early("data", _data),
-            early("export", _export),
+            early("export", self._export),
             early("engine", self._engine),
             early("validate", self._validate),
             Stage(
@@ -93,6 +94,12 @@ class SmallRun:
                 run=benchmark,
             ),
         )
+
+    def _export(self, context: StageContext) -> StageResult:
+        signature = make_signature()
+        write_pixel_means_model(context.directory / "model.onnx", signature)
+        signature.write(context.directory)
+        return StageResult(facts=self.facts["export"])
 
     def _engine(self, context: StageContext) -> StageResult:
         (context.directory / "model.plan").write_bytes(b"engine")
@@ -128,10 +135,3 @@ def _data(context: StageContext) -> StageResult:
     }
     (context.directory / "validation.json").write_text(json.dumps(annotations))
     return StageResult(facts={"validation": {"annotation_file": "validation.json", "image_dir": "images"}})
-
-
-def _export(context: StageContext) -> StageResult:
-    signature = make_signature()
-    write_pixel_means_model(context.directory / "model.onnx", signature)
-    signature.write(context.directory)
-    return StageResult()

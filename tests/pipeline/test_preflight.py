@@ -45,6 +45,11 @@ def launched(command: str, *overrides: str) -> Recipe:
         (["distiller.num_heads=5"], LgdInputError, r"does not divide the 32 channels"),
         (["export.canvas=[100,128]"], UnsupportedDetector, r"nearest that is: 128 x 128"),
         (["export.canvas=[64,64]"], UnsupportedDetector, r"do not fit a canvas of 64 x 64"),
+        (
+            ["export.nms=outside", "serving.server=path", "serving.backend=onnxruntime"],
+            RecipeError,
+            r"serving\.backend=onnxruntime runs the model alone; set serving\.backend=python",
+        ),
         (["model.backbone.bottom_up.name=mobilenet_v2"], UnsupportedBackbone, r"mobilenetv2_"),
         (["model.head_in_features=[p2,p3]"], StudentUnsuited, r"backbone has no p2, only p3, p4, p5, p6, p7"),
         (["distiller.use_masks=true"], StudentUnsuited, r"use_masks is true and the student has no mask head"),

@@ -40,6 +40,15 @@ def config_of(small_run: SmallRun, repository: Path | None = None) -> ModelConfi
     return ModelConfig.from_pbtxt(((repository or small_run.repository) / "m" / "config.pbtxt").read_text())
 
 
+@pytest.mark.parametrize(("nms", "others"), [("portable", {"onnxruntime", "tensorrt"}), ("outside", set())])
+def test_other_servers_get_a_configuration_of_a_model_that_they_can_run_alone(
+    small_run: SmallRun, nms: str, others: set[str]
+) -> None:
+    small_run.facts["export"] = {"nms": nms}
+    small_run.run()
+    assert {path.name.split(".")[1] for path in (small_run.run_dir / "deploy").glob("config.*.pbtxt")} == others
+
+
 @pytest.mark.parametrize(
     ("engine", "message"),
     [

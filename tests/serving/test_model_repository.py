@@ -48,6 +48,7 @@ def test_a_version_holds_model_backend_signature_labels_and_manifest(
     assert {path.name for path in version.iterdir()} == {
         "model.onnx",
         "model.py",
+        "candidate_nms.py",
         "signature.json",
         "labels.txt",
         "manifest.json",
@@ -67,7 +68,7 @@ def test_the_other_backends_get_the_model_file_alone(
     publish_model(tmp_path, model_file, signature, model_name="onnx", backend="onnxruntime")
     assert (tmp_path / "plan" / "1" / "model.plan").is_file()
     assert (tmp_path / "onnx" / "1" / "model.onnx").is_file()
-    assert not list(tmp_path.rglob("model.py"))
+    assert not list(tmp_path.rglob("*.py"))
 
 
 def test_the_same_model_is_not_published_twice(tmp_path: Path, model_file: Path, signature: DetectorSignature) -> None:
@@ -104,7 +105,9 @@ def test_versions_are_whole_numbers_in_order_and_other_folders_are_not_versions(
     assert versions(tmp_path, "nothing") == []
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.py", "signature.json", "labels.txt", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.onnx", "model.py", "candidate_nms.py", "signature.json", "labels.txt", "manifest.json"]
+)
 def test_a_flipped_byte_in_any_file_is_found_and_named(
     tmp_path: Path, model_file: Path, signature: DetectorSignature, name: str
 ) -> None:

@@ -12,21 +12,22 @@ import pytest
 
 from export.signature import DetectorSignature
 from serving.model_config import model_config_for
-from serving.model_repository import BACKEND_MODEL_FILE, publish
+from serving.model_repository import publish
 
 
 def test_a_gpu_asked_for_but_not_used_fails_the_load_and_names_the_setting(
     tmp_path: Path, model_file: Path, signature: DetectorSignature, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    publish(tmp_path, model_name="m", model_file=model_file, signature=signature, backend="python", provenance={})
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", types.ModuleType("triton_python_backend_utils"))
-    spec = importlib.util.spec_from_file_location("backend_under_test", BACKEND_MODEL_FILE)
+    monkeypatch.syspath_prepend(tmp_path / "m" / "1")
+    spec = importlib.util.spec_from_file_location("backend_under_test", tmp_path / "m" / "1" / "model.py")
     assert spec is not None
     assert spec.loader is not None
     backend = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(backend)
     # What ONNX Runtime does where CUDA does not load: it goes on with what is left.
     monkeypatch.setattr(backend, "_providers", lambda kind, device: ["CPUExecutionProvider"])
-    publish(tmp_path, model_name="m", model_file=model_file, signature=signature, backend="python", provenance={})
     config = model_config_for(signature, name="m", backend="python")
     arguments = {
         "model_config": json.dumps(

@@ -1,7 +1,9 @@
 """Triton Python backend that runs the detector's ONNX file with ONNX Runtime.
 
 Copied into each model version beside ``model.onnx``, so it imports numpy, onnxruntime, Triton's own
-``triton_python_backend_utils`` and nothing of this project: a version directory runs wherever those are installed.
+``triton_python_backend_utils`` and nothing of this project but ``candidate_nms.py``, which is copied too: a version
+directory runs wherever those are installed. An ONNX file that ends before NMS gets it here, so that clients see the
+same outputs.
 Session options come from the ``parameters`` of ``config.pbtxt``: ``num_threads`` (0: ONNX Runtime's choice) and
 ``allow_spinning`` (0 or 1).
 """
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
+from candidate_nms import CANDIDATES, outputs_from_candidates  # Triton puts this folder on the path
 
 MODEL_FILE = "model.onnx"
 
@@ -29,12 +32,14 @@ class TritonPythonModel:
         self.input_name: str = model_input["name"]
         self.image_shape = tuple(int(size) for size in model_input["dims"])
         self.output_names = [output["name"] for output in config["output"]]
+        self.signature = json.loads(config["parameters"]["signature"]["string_value"])
         directory = Path(args["model_repository"]) / args["model_version"]
         self.session = onnxruntime.InferenceSession(
             str(directory / MODEL_FILE),
             sess_options=_session_options(config["parameters"]),
             providers=_providers(args["model_instance_kind"], int(args["model_instance_device_id"])),
         )
+        self.ends_at_candidates = CANDIDATES[0] in {output.name for output in self.session.get_outputs()}
         if "GPU" in args["model_instance_kind"] and "CUDAExecutionProvider" not in self.session.get_providers():
             # ONNX Runtime falls back to the CPU with a log line only; a GPU's numbers must come from a GPU.
             raise RuntimeError(
@@ -57,7 +62,7 @@ class TritonPythonModel:
         if batches:
             images = next(iter(batches.values())) if len(batches) == 1 else np.concatenate(list(batches.values()))
             try:
-                outputs = self.session.run(self.output_names, {self.input_name: images})
+                outputs = self._outputs(images)
             except Exception as error:
                 return [response or _error_response(f"ONNX Runtime failed: {error}") for response in responses]
             start = 0
@@ -66,6 +71,19 @@ class TritonPythonModel:
                 responses[index] = self._response([output[start:stop] for output in outputs])
                 start = stop
         return responses
+
+    def _outputs(self, images: np.ndarray) -> list[np.ndarray]:
+        """The promised outputs of a batch, in the order of ``output_names``."""
+        if not self.ends_at_candidates:
+            return self.session.run(self.output_names, {self.input_name: images})
+        outputs = outputs_from_candidates(
+            *self.session.run(list(CANDIDATES), {self.input_name: images}),
+            iou_threshold=self.signature["nms_threshold"],
+            max_detections=self.signature["max_detections"],
+            canvas_height=self.signature["canvas_height"],
+            canvas_width=self.signature["canvas_width"],
+        )
+        return [outputs[name] for name in self.output_names]
 
     def _images(self, request: Any) -> np.ndarray:
         tensor = pb_utils.get_input_tensor_by_name(request, self.input_name)
