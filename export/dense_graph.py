@@ -29,6 +29,8 @@ from export.graph_parts import (
 )
 from export.nms import rows
 from export.signature import DetectorSignature
+from training.detectors.distribution_retinanet import DistributionRetinaNet
+from training.detectors.gfl_detector import GflDetector
 from training.detectors.location_detector import LocationDetector
 from training.detectors.locations import location_grid
 
@@ -63,8 +65,21 @@ def fcos_graph(detector: FCOS, signature: DetectorSignature, nms: NmsChoice) -> 
     return DenseGraph(detector, signature, FcosDecoder(detector, centres, units), nms)
 
 
-def location_graph(detector: LocationDetector, signature: DetectorSignature, nms: NmsChoice) -> DenseGraph:
-    """The export graph of paper-style FCOS and ATSS."""
+def distribution_retinanet_graph(
+    detector: DistributionRetinaNet, signature: DetectorSignature, nms: NmsChoice
+) -> DenseGraph:
+    """The export graph of RetinaNet with distributions: the centres of its anchors are locations without centerness."""
+    anchors = [boxes.tensor for boxes in detector.anchor_generator(_features_on_canvas(detector, signature))]
+    centres = [(boxes[:, :2] + boxes[:, 2:]) / 2 for boxes in anchors]
+    levels = zip(centres, detector.anchor_generator.strides, strict=True)
+    strides = [torch.full_like(points[:, 0], stride) for points, stride in levels]
+    return DenseGraph(detector, signature, LocationDecoder(detector, centres, strides), nms)
+
+
+def location_graph(
+    detector: LocationDetector | GflDetector, signature: DetectorSignature, nms: NmsChoice
+) -> DenseGraph:
+    """The export graph of paper-style FCOS, ATSS, and GFL."""
     grid = location_grid(_features_on_canvas(detector, signature), detector.strides)
     points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
     return DenseGraph(detector, signature, LocationDecoder(detector, points, strides), nms)
@@ -161,30 +176,39 @@ class FcosDecoder(nn.Module):
 
 
 class LocationDecoder(nn.Module):
-    """Paper-style FCOS and ATSS: rank and threshold by class score, then multiply by centerness.
+    """Boxes by their edges' distances, predicted as such or as distributions: rank and threshold by class score, then
+    multiply by centerness where there is any.
 
     Args:
-        points: per level (h * w, 2), x and y in pixels.
-        strides: per level (h * w,), the unit of the head's distances in pixels.
+        points: per level (h * w * A, 2), x and y in pixels.
+        strides: per level (h * w * A,), the unit of the head's distances in pixels.
     """
 
-    head_tensor_names = ("class_logits", "box_distances", "centerness")
-
-    def __init__(self, detector: LocationDetector, points: Sequence[Tensor], strides: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        detector: LocationDetector | GflDetector | DistributionRetinaNet,
+        points: Sequence[Tensor],
+        strides: Sequence[Tensor],
+    ) -> None:
         super().__init__()
+        self.head_tensor_names = ("class_logits", "edge_values")
+        if isinstance(detector, LocationDetector):
+            self.head_tensor_names += ("centerness",)
+        self.edges = detector.head.edges
         self.num_classes = detector.num_classes
         self.num_candidates = detector.test_topk_candidates
         self.score_threshold = detector.test_score_thresh
         _register_levels(self, points=points, strides=strides)
 
-    def forward(self, level: int, logits: Tensor, distances: Tensor, centerness: Tensor) -> Candidates:
-        """(N, K, h, w), (N, 4, h, w) not negative and (N, 1, h, w) → the level's candidates."""
+    def forward(self, level: int, logits: Tensor, values: Tensor, centerness: Tensor | None = None) -> Candidates:
+        """(N, A * K, h, w), (N, A * 4 * D, h, w) and (N, 1, h, w) → the level's candidates; D is the values an edge."""
         top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates)
-        class_scores = zero_below(top_logits.float().sigmoid(), self.score_threshold)
-        central = rows(by_location(centerness, 1), index)[:, :, 0].float().sigmoid()
-        edges = rows(by_location(distances, 4), index).float()
-        boxes = _boxes(getattr(self, f"points_{level}")[index], edges * getattr(self, f"strides_{level}")[index, None])
-        return boxes, (class_scores * central).sqrt(), labels
+        scores = zero_below(top_logits.float().sigmoid(), self.score_threshold)
+        if centerness is not None:
+            scores = (scores * rows(by_location(centerness, 1), index)[:, :, 0].float().sigmoid()).sqrt()
+        distances = self.edges.distances(rows(by_location(values, 4 * self.edges.values_per_edge), index))
+        distances = distances * getattr(self, f"strides_{level}")[index, None]
+        return _boxes(getattr(self, f"points_{level}")[index], distances), scores, labels
 
 
 def top_pairs(ranking: Tensor, num_classes: int, num_candidates: int) -> Candidates:

@@ -16,10 +16,18 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import nn
 
 from export.config import NmsChoice
-from export.dense_graph import dense_settings, fcos_graph, location_graph, retinanet_graph
+from export.dense_graph import (
+    dense_settings,
+    distribution_retinanet_graph,
+    fcos_graph,
+    location_graph,
+    retinanet_graph,
+)
 from export.graph_parts import DetectorGraph, InferenceSettings
 from export.signature import DetectorSignature
 from export.two_stage_graph import two_stage_graph, two_stage_settings, why_unsupported
+from training.detectors.distribution_retinanet import DistributionRetinaNet
+from training.detectors.gfl_detector import GflDetector
 from training.detectors.location_detector import LocationDetector
 
 MAX_CANDIDATES = 3840  # TensorRT's largest top-k
@@ -49,6 +57,8 @@ FAMILIES: dict[type[nn.Module], Family] = {
     RetinaNet: Family(retinanet_graph, dense_settings),
     FCOS: Family(fcos_graph, dense_settings),
     LocationDetector: Family(location_graph, dense_settings),
+    GflDetector: Family(location_graph, dense_settings),
+    DistributionRetinaNet: Family(distribution_retinanet_graph, dense_settings),
     GeneralizedRCNN: Family(two_stage_graph, two_stage_settings, why_unsupported),
 }
 

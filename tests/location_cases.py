@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.detectors.locations import LocationTargets
 
@@ -34,6 +36,34 @@ def locations(height: int = 160, width: int = 192) -> list[tuple[float, float, i
         for row in range(math.ceil(height / stride))
         for column in range(math.ceil(width / stride))
     ]
+
+
+def features_of(num_images: int = 2, seed: int = 0, size: tuple[int, int] = (160, 192)) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [torch.randn(num_images, 32, *level.shape[-2:]) for level in levels(*size)]
+
+
+def distances_of(values: list[float]) -> list[float]:
+    """Of a box's four edges, from one value an edge or from the logits of a distribution an edge."""
+    per_edge = len(values) // 4
+    if per_edge == 1:
+        return [max(value, 0.0) for value in values]
+    distances = []
+    for edge in range(4):
+        powers = [math.exp(logit) for logit in values[edge * per_edge : (edge + 1) * per_edge]]
+        distances.append(sum(step * power for step, power in enumerate(powers)) / sum(powers))
+    return distances
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on operators that make the processor wait for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "is_nonzero"), name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} with a mask"
+        return func(*args, **(kwargs or {}))
 
 
 def random_boxes(num_boxes: int, seed: int, step: float = 0.25) -> Tensor:

@@ -25,8 +25,9 @@ from tests.dense_detectors import DENSE
 from tests.export.conftest import CLASS_NAMES, canvases, detectron2_detections, signature_for
 
 CANVAS = (128, 192)
-# RetinaNet is exported in tests/export/conftest.py; ATSS is PaperFCOS but for its assignment.
-EXPORTED = pytest.mark.parametrize("case", ["FCOS", "PaperFCOS"], indirect=True)
+# RetinaNet is exported in tests/export/conftest.py; ATSS is PaperFCOS but for its assignment, and with distributions
+# takes them from GFL's graph.
+EXPORTED = pytest.mark.parametrize("case", ["FCOS", "PaperFCOS", "GFL", "DistributionRetinaNet"], indirect=True)
 
 
 def calibrated(family: str, seed: int = 0) -> nn.Module:
@@ -51,6 +52,8 @@ def calibrated(family: str, seed: int = 0) -> nn.Module:
             module.weight.div_(torch.cat(seen[name]).std())
         if family == "RetinaNet":
             head.bbox_pred.weight.mul_(0.3)
+        elif family == "GFL" or family.startswith("Distribution"):
+            head.bbox_pred.weight.mul_(3)  # or all distributions were flat and all boxes alike
         else:
             head.bbox_pred.bias.fill_(1.5)
         head.cls_score.bias.fill_(-4.0 if family != "FCOS" else -2.5)
@@ -186,7 +189,8 @@ def _classes_in_wrong_order(graph: DenseGraph) -> None:
 
 
 def _last_output_off(graph: DenseGraph) -> None:
-    list(graph.head.children())[-1 if not hasattr(graph.head, "scales") else -2].bias.data.add_(0.5)
+    bias = list(graph.head.children())[-1 if not hasattr(graph.head, "scales") else -2].bias.data
+    bias.add_(torch.linspace(0.5, 1.5, len(bias)))  # the same for all the logits of a distribution would change nothing
 
 
 @pytest.mark.parametrize("fault", [_locations_shifted, _threshold_raised, _classes_in_wrong_order, _last_output_off])

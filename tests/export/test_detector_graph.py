@@ -125,7 +125,7 @@ def test_the_signature_reads_thresholds_channel_order_and_padding_from_the_detec
 
 
 def test_a_detector_without_a_rule_is_refused_with_the_families_that_have_one() -> None:
-    families = "FCOS, GeneralizedRCNN, LocationDetector, RetinaNet"
+    families = "DistributionRetinaNet, FCOS, GeneralizedRCNN, GflDetector, LocationDetector, RetinaNet"
     with pytest.raises(
         UnsupportedDetector, match=rf"torch\.nn\.modules\.linear\.Linear; supported families: {families}"
     ):

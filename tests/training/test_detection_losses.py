@@ -161,7 +161,7 @@ def test_a_batch_without_objects_has_finite_losses_that_reach_the_head(dense: nn
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in dense.head.parameters())
 
 
-@pytest.mark.parametrize("family", ["RetinaNet", "FCOS"])
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS", "DistributionRetinaNet"])
 def test_a_second_pass_uses_the_same_loss_normalizer_and_leaves_no_trace(family: str) -> None:
     detector, inputs = DENSE[family]().train(), batch()
     with EventStorage():
@@ -186,7 +186,7 @@ def test_the_levels_of_dense_detectors_are_the_heads_and_of_two_stage_ones_the_w
 
 
 def test_an_unknown_detector_is_refused_with_the_supported_families() -> None:
-    families = "DenseDetector, FCOS, GeneralizedRCNN, LocationDetector, RetinaNet"
+    families = "DenseDetector, FCOS, GeneralizedRCNN, GflDetector, LocationDetector, RetinaNet"
     with pytest.raises(UnsupportedStudent, match=f"Linear; supported: {families} and subclasses") as error:
         detection_losses(nn.Linear(1, 1), None, {}, [])
     assert error.value.exit_code == 2

@@ -34,16 +34,16 @@ class FixedNormalizer(RetinaNet):
 
 
 def student(kind: str, num_shares: int) -> nn.Module:
-    """``"retinanet"`` with a fixed normaliser, or ``"paper_fcos"``, whose normalisers are means over the processes.
+    """``"retinanet"`` with a fixed normaliser, or ``"paper_fcos"`` or ``"gfl"``, whose normalisers are means over the
+    processes; one of GFL's depends on the predicted scores.
 
     Two norm groups: with a group of two channels, two values on the smallest level, normalisation keeps little but the
     sign of their difference, which rounding decides: the third loss was 4e-4 apart in float32, 4e-8 in float64.
     """
-    if kind == "paper_fcos":
-        tree = recipe_parts.paper_fcos(
-            recipe_parts.timm_backbone("mobilenetv2_035", weights=None, freeze_norm=True), channels=32, norm_groups=2
-        )
-        return build_student(tree, NUM_CLASSES, seed=0)
+    if kind != "retinanet":
+        part = {"paper_fcos": recipe_parts.paper_fcos, "gfl": recipe_parts.gfl}[kind]
+        network = recipe_parts.timm_backbone("mobilenetv2_035", weights=None, freeze_norm=True)
+        return build_student(part(network, channels=32, norm_groups=2), NUM_CLASSES, seed=0)
     detector = build_tiny_retinanet(num_classes=NUM_CLASSES, channels=16)
     detector.__class__ = FixedNormalizer
     detector.share = WORLD_MEAN / num_shares
@@ -86,10 +86,13 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 
 
 @pytest.mark.slow
-def test_two_processes_end_where_one_does_with_the_same_global_batch(tmp_path: Path, dataset: CocoDataset) -> None:
-    train_in_this_process("paper_fcos", dataset, tmp_path / "one")
-    train_in_two_processes("paper_fcos", dataset, tmp_path / "two")
-    assert_same_training("paper_fcos", tmp_path / "one", tmp_path / "two")
+@pytest.mark.parametrize("kind", ["paper_fcos", "gfl"])
+def test_two_processes_end_where_one_does_with_the_same_global_batch(
+    kind: str, tmp_path: Path, dataset: CocoDataset
+) -> None:
+    train_in_this_process(kind, dataset, tmp_path / "one")
+    train_in_two_processes(kind, dataset, tmp_path / "two")
+    assert_same_training(kind, tmp_path / "one", tmp_path / "two")
 
 
 def test_a_batch_in_parts_ends_where_the_whole_batch_does(tmp_path: Path, dataset: CocoDataset) -> None:

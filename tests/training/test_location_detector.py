@@ -1,4 +1,6 @@
-"""What paper-style FCOS and ATSS share: losses, inference, and how a matcher is used."""
+"""What paper-style FCOS and ATSS share, with distances and with distributions: losses, inference, and how a matcher is
+used. GFL, whose losses are others (test_gfl_detector.py), shares the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from dense_detectors import tiny_atss, tiny_paper_fcos
+from dense_detectors import tiny_atss, tiny_distribution_atss, tiny_distribution_fcos, tiny_gfl, tiny_paper_fcos
 from detectron2.utils import comm
-from location_cases import K, levels, locations, objects, random_boxes
+from location_cases import K, NoWaiting, distances_of, features_of, levels, locations, objects, random_boxes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import generalized_box_iou_loss, nms, sigmoid_focal_loss
 
 from training.detectors.fcos_matcher import FcosMatcher
@@ -22,10 +23,15 @@ from training.detectors.location_losses import giou_loss
 
 def direct_losses(detector: Any, predictions: Any, targets: Any) -> dict[str, Tensor]:
     """The losses location by location where there is an object, in pixels, with torchvision's formulas."""
-    logits, distances, centerness = (
+    logits, values, centerness = (
         torch.cat([x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, x.shape[1]) for x in part], dim=1)
         for part in predictions
     )
+    distances = values.clamp(min=0)
+    if values.shape[2] > 4:
+        steps = torch.arange(values.shape[2] // 4).float()
+        edges = [edge.softmax(dim=2) @ steps for edge in values.chunk(4, dim=2)]
+        distances = torch.stack(edges, dim=2)
     positive = targets.labels != K
     one_hot = nn.functional.one_hot(targets.labels, K + 1)[..., :K].float()
     focal = sigmoid_focal_loss(logits, one_hot, alpha=0.25, gamma=2.0, reduction="sum")
@@ -46,7 +52,15 @@ def direct_losses(detector: Any, predictions: Any, targets: Any) -> dict[str, Te
     }
 
 
-@pytest.fixture(params=[tiny_paper_fcos, tiny_atss])
+WITH_CENTERNESS = [tiny_paper_fcos, tiny_atss, tiny_distribution_fcos, tiny_distribution_atss]
+
+
+@pytest.fixture(params=WITH_CENTERNESS)
+def with_centerness(request: pytest.FixtureRequest) -> Any:
+    return request.param()
+
+
+@pytest.fixture(params=[*WITH_CENTERNESS, tiny_gfl])
 def detector(request: pytest.FixtureRequest) -> Any:
     return request.param()
 
@@ -60,16 +74,12 @@ def test_images_of_a_batch_are_assigned_one_by_one(detector: Any) -> None:
             assert torch.equal(getattr(together, name)[index], getattr(alone, name)[0])
 
 
-def features_of(num_images: int = 2, seed: int = 0) -> list[Tensor]:
-    torch.manual_seed(seed)
-    return [torch.randn(num_images, 32, *level.shape[-2:]) for level in levels()]
-
-
 @pytest.mark.parametrize("num_objects", [(6, 3), (5, 0), (0, 0)])
-def test_the_losses_are_those_of_the_formulas(detector: Any, num_objects: tuple[int, int]) -> None:
-    features = features_of()
+def test_the_losses_are_those_of_the_formulas(with_centerness: Any, num_objects: tuple[int, int]) -> None:
+    detector, features = with_centerness, features_of()
     for scale in detector.head.scales:
         nn.init.uniform_(scale.scale, 0.5, 2.0)
+    nn.init.normal_(detector.head.bbox_pred.weight, std=0.2)
     nn.init.normal_(detector.head.bbox_pred.bias, 1.0)
     predictions = detector.head(features)
     instances = [objects(random_boxes(count, seed)) for seed, count in enumerate(num_objects)]
@@ -100,17 +110,6 @@ def test_the_giou_of_touching_nested_and_empty_boxes_is_torchvisions_and_its_gra
     assert torch.isfinite(a.grad).all()
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails on operators that make the processor wait for the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "repeat_interleave", "is_nonzero"), name
-        if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} with a mask"
-        return func(*args, **(kwargs or {}))
-
-
 def test_assignment_losses_and_backward_never_wait_for_the_device(detector: Any) -> None:
     features = features_of(3)
     instances = [objects(random_boxes(6, 0)), objects([]), objects(random_boxes(2, 1))]
@@ -137,18 +136,20 @@ def naive_inference(detector: Any, predictions: Any, index: int) -> list[tuple[f
     """Detections of one image by loops: (score, class, box), best first."""
     candidates, position, where = [], 0, locations()
     for level in zip(*predictions, strict=True):
-        logits, distances, centerness = (x[index].detach().double() for x in level)
+        logits, values, *centerness = (x[index].detach().double() for x in level)
         height, width = logits.shape[1:]
         found = []
         for row in range(height):
             for column in range(width):
                 x, y, stride = where[position]
                 position += 1
-                left, top, right, bottom = (distances[:, row, column] * stride).tolist()
+                distances = distances_of(values[:, row, column].tolist())
+                left, top, right, bottom = (distance * stride for distance in distances)
                 for label in range(K):
-                    score = logits[label, row, column].sigmoid().item()
+                    score = both = logits[label, row, column].sigmoid().item()
                     if score > detector.test_score_thresh:
-                        both = math.sqrt(score * centerness[0, row, column].sigmoid().item())
+                        if centerness:
+                            both = math.sqrt(score * centerness[0][0, row, column].sigmoid().item())
                         found.append((score, both, label, [x - left, y - top, x + right, y + bottom]))
         candidates += sorted(found, key=lambda c: -c[0])[: detector.test_topk_candidates]
     boxes, scores = torch.tensor([c[3] for c in candidates]), torch.tensor([c[1] for c in candidates])
@@ -164,8 +165,9 @@ def naive_inference(detector: Any, predictions: Any, index: int) -> list[tuple[f
 @pytest.mark.parametrize(("topk", "most"), [(20, 100), (1000, 100), (1000, 10_000)])
 def test_detections_are_those_of_a_loop_over_locations_and_classes(detector: Any, topk: int, most: int) -> None:
     detector.test_score_thresh, detector.test_topk_candidates, detector.max_detections_per_image = 0.3, topk, most
-    for module in (detector.head.cls_score, detector.head.bbox_pred, detector.head.centerness):
-        nn.init.normal_(module.weight, std=0.2)
+    for name in ("cls_score", "bbox_pred", "centerness"):
+        if hasattr(detector.head, name):
+            nn.init.normal_(getattr(detector.head, name).weight, std=0.2)
     nn.init.constant_(detector.head.cls_score.bias, -3.0)
     images = type("Images", (), {"image_sizes": [(160, 192)] * 2})
     with torch.no_grad():
@@ -177,9 +179,10 @@ def test_detections_are_those_of_a_loop_over_locations_and_classes(detector: Any
         assert len(found) == len(expected) > 20
         assert found.scores.tolist() == pytest.approx([score for score, _, _ in expected], abs=1e-6)
         assert found.pred_classes.tolist() == [label for _, label, _ in expected]
-        torch.testing.assert_close(found.pred_boxes.tensor, torch.tensor([box for _, _, box in expected]))
+        boxes = torch.tensor([box for _, _, box in expected])
+        torch.testing.assert_close(found.pred_boxes.tensor, boxes, rtol=1e-6, atol=1e-4)
         below = found.scores.min() < detector.test_score_thresh  # which is one of the class score alone
-        assert below or len(found) == most or topk == 20
+        assert below or len(found) == most or topk == 20 or len(predictions) == 2
 
 
 def test_bounds_that_are_not_one_less_than_levels_are_refused() -> None:
@@ -197,9 +200,10 @@ def test_bounds_that_are_not_one_less_than_levels_are_refused() -> None:
 
 @pytest.mark.parametrize("num_objects", [2, 0])
 def test_the_mean_of_two_processes_losses_is_the_loss_of_the_whole_batch(
-    detector: Any, num_objects: int, monkeypatch: pytest.MonkeyPatch
+    with_centerness: Any, num_objects: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In real processes: tests/training/test_distributed.py."""
+    detector = with_centerness
     images = [objects(random_boxes(7, 0)), objects(random_boxes(num_objects, 1))]
     features = features_of()
     whole = detector.losses(detector.head(features), detector.label_locations(features, images))

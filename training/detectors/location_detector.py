@@ -2,7 +2,9 @@
 
 The two differ in their matcher: FCOS is :class:`~training.detectors.fcos_matcher.FcosMatcher`, ATSS
 :class:`~training.detectors.atss_matcher.AtssMatcher` with the head and losses of that FCOS. detectron2's own FCOS
-differs: no scale a level, a box loss without centerness weights, a running loss normaliser, another threshold.
+differs: no scale a level, a box loss without centerness weights, a running loss normaliser, another threshold. With a
+head of distributions they are the GFL-ised FCOS and ATSS of Zheng et al., "Localization Distillation for Dense Object
+Detection", CVPR 2022: the losses stay, and the boxes are the distributions' expectations.
 
 Shape legend: N images, C channels.
 """
@@ -88,6 +90,7 @@ class LocationDetector(DenseDetector):
         return location_losses(
             predictions,
             targets,
+            self.head.edges,
             focal_loss_alpha=self.focal_loss_alpha,
             focal_loss_gamma=self.focal_loss_gamma,
             box_loss_weight=self.box_loss_weight,
@@ -102,6 +105,7 @@ class LocationDetector(DenseDetector):
         return location_inference(
             predictions,
             location_grid(features, self.strides),
+            self.head.edges,
             images.image_sizes,
             score_threshold=self.test_score_thresh,
             topk_candidates=self.test_topk_candidates,

@@ -1,6 +1,6 @@
 """From the predictions of one box a location to detections.
 
-Shape legend: N images, K classes, (h, w) a level's grid, M detections.
+Shape legend: N images, K classes, D values an edge, (h, w) a level's grid, M detections.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from training.detectors.location_head import Predictions
+from training.detectors.edges import Edges
+from training.detectors.location_head import GflPredictions, Predictions
 from training.detectors.locations import LocationGrid
 
 
 def location_inference(
-    predictions: Predictions,
+    predictions: Predictions | GflPredictions,
     grid: LocationGrid,
+    edges: Edges,
     image_sizes: Sequence[tuple[int, int]],
     *,
     score_threshold: float,
@@ -28,11 +30,17 @@ def location_inference(
 ) -> list[Instances]:
     """Detections of every image, by falling score, in pixels of the padded image.
 
-    Per level the ``topk_candidates`` best class scores above ``score_threshold`` remain; then the score becomes
-    ``sqrt(class score * centerness)``, which may be below the threshold; then class-wise NMS over all levels.
+    Per level the ``topk_candidates`` best class scores above ``score_threshold`` remain; where centerness is predicted,
+    the score becomes ``sqrt(class score * centerness)``, which may be below the threshold; then class-wise NMS over all
+    levels.
 
-    Deviation: the LGD paper's code takes at most as many candidates as a level has cells; here as many as asked for, as
-    everywhere in detectron2. On a level of few cells one cell may give several classes.
+    Deviation: the LGD paper's code takes at most as many candidates as a level has cells, that of GFL and LD as many
+    locations with all their classes; here as many pairs as asked for, as everywhere in detectron2. On a level of few
+    cells one cell may give several classes.
+
+    Args:
+        predictions: the head's.
+        edges: how the predicted values give distances.
     """
     points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
     results = []
@@ -40,6 +48,7 @@ def location_inference(
         levels = [
             _level_candidates(
                 *(values[index].float() for values in predicted),
+                edges=edges,
                 points=points[level],
                 strides=strides[level],
                 score_threshold=score_threshold,
@@ -57,21 +66,24 @@ def location_inference(
 
 def _level_candidates(
     logits: Tensor,
-    distances: Tensor,
-    centerness: Tensor,
+    values: Tensor,
+    centerness: Tensor | None = None,
     *,
+    edges: Edges,
     points: Tensor,
     strides: Tensor,
     score_threshold: float,
     topk_candidates: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One level of one image: (K, h, w), (4, h, w), (1, h, w) → boxes (M, 4), scores (M,), labels (M,)."""
-    class_scores = logits.flatten(1).T.flatten().sigmoid()  # (h * w * K)
-    class_scores, top = class_scores.topk(min(topk_candidates, len(class_scores)))
-    above = class_scores > score_threshold
-    class_scores, top = class_scores[above], top[above]
+    """One level of one image: (K, h, w), (4 * D, h, w), (1, h, w) → boxes (M, 4), scores (M,), labels (M,)."""
+    scores = logits.flatten(1).T.flatten().sigmoid()  # (h * w * K)
+    scores, top = scores.topk(min(topk_candidates, len(scores)))
+    above = scores > score_threshold
+    scores, top = scores[above], top[above]
     location, labels = top // len(logits), top % len(logits)
-    edges = distances.flatten(1).T[location] * strides[location, None]
+    distances = edges.distances(values.flatten(1).T[location]) * strides[location, None]
     points = points[location]
-    boxes = torch.cat([points - edges[:, :2], points + edges[:, 2:]], dim=1)
-    return boxes, (class_scores * centerness.flatten()[location].sigmoid()).sqrt(), labels
+    boxes = torch.cat([points - distances[:, :2], points + distances[:, 2:]], dim=1)
+    if centerness is not None:
+        scores = (scores * centerness.flatten()[location].sigmoid()).sqrt()
+    return boxes, scores, labels

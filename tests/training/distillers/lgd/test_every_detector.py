@@ -324,7 +324,7 @@ def test_a_single_object_without_context_makes_the_teacher_deaf_to_the_student(f
     assert reached(module, loss) == {"head", "teacher", "pyramid", "bottom-up"}
 
 
-@pytest.mark.parametrize("family", ["RetinaNet", "FCOS", "PaperFCOS", "ATSS"])
+@pytest.mark.parametrize("family", ["RetinaNet", "FCOS", "PaperFCOS", "ATSS", "GFL"])
 def test_told_the_labels_the_teacher_learns_to_classify_much_faster_than_the_student(family: str) -> None:
     """Four labels of one and the same image: only the teacher can tell them apart, if it paints them where they are.
 
