@@ -10,12 +10,13 @@ from pipeline.recipe_parts.backbones import (
     swin_tiny,
     timm_backbone,
 )
-from pipeline.recipe_parts.dense import atss, fcos, paper_fcos, retinanet
+from pipeline.recipe_parts.dense import atss, fcos, gfl, paper_fcos, retinanet
 from pipeline.recipe_parts.public_datasets import coco, crowdhuman, export_800, voc
 from pipeline.recipe_parts.schedules import (
     COCO_1X,
     COCO_2X,
     COCO_3X,
+    COCO_12_EPOCHS,
     CROWDHUMAN_SCHEDULE,
     FAIR_X101_32X8D,
     MSRA_R50,
@@ -23,6 +24,8 @@ from pipeline.recipe_parts.schedules import (
     MULTI_SCALE,
     SINGLE_SCALE,
     SWIN_TINY,
+    TORCHVISION_R18,
+    TORCHVISION_R34,
     TORCHVISION_R50,
     VOC_SCALES,
     VOC_SCHEDULE,
@@ -36,6 +39,7 @@ __all__ = [
     "COCO_1X",
     "COCO_2X",
     "COCO_3X",
+    "COCO_12_EPOCHS",
     "CROWDHUMAN_SCHEDULE",
     "FAIR_X101_32X8D",
     "IMAGENET_RGB",
@@ -45,6 +49,8 @@ __all__ = [
     "RESNEXT_BGR",
     "SINGLE_SCALE",
     "SWIN_TINY",
+    "TORCHVISION_R18",
+    "TORCHVISION_R34",
     "TORCHVISION_R50",
     "VOC_SCALES",
     "VOC_SCHEDULE",
@@ -56,6 +62,7 @@ __all__ = [
     "export_800",
     "faster_rcnn",
     "fcos",
+    "gfl",
     "mask_rcnn",
     "paper_fcos",
     "published_training",

@@ -21,6 +21,7 @@ class Schedule(NamedTuple):
 COCO_1X = Schedule(90_000, (60_000, 80_000), 1000)
 COCO_2X = Schedule(180_000, (120_000, 160_000), 1000)
 COCO_3X = Schedule(270_000, (210_000, 250_000), 1000)
+COCO_12_EPOCHS = Schedule(87_960, (58_640, 80_630), 500)  # of 7,330 iterations, decay after 8 and 11: mmdetection's 1x
 VOC_SCHEDULE = Schedule(18_000, (12_000, 16_000), 100)  # detectron2's PascalVOC-Detection/faster_rcnn_R_50_FPN.yaml
 CROWDHUMAN_SCHEDULE = Schedule(28_000, (22_400, 25_200), 1000)  # 30 epochs, decay after 24 and 27
 
@@ -33,6 +34,8 @@ MSRA_R50 = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 MSRA_R101 = "detectron2://ImageNetPretrained/MSRA/R-101.pkl"
 FAIR_X101_32X8D = "detectron2://ImageNetPretrained/FAIR/X-101-32x8d.pkl"
 TORCHVISION_R50 = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
+TORCHVISION_R18 = "weights/resnet18-f37072fd.pth"  # of torchvision; detectron2's zoo has neither
+TORCHVISION_R34 = "weights/resnet34-b627a593.pth"
 SWIN_TINY = "weights/swin_tiny_patch4_window7_224.pth"  # of github.com/microsoft/Swin-Transformer; no zoo has it
 
 
@@ -46,9 +49,10 @@ def published_training(
     optimizer: Literal["sgd", "adamw"] = "sgd",
     weight_decay: float = 1e-4,
     teacher_optimizer: Any = None,
+    clip_gradient_value: float | None = 1.0,
 ) -> Any:
     """The ``training`` section that all published trainings share: 16 images a batch, horizontal flips, weight decay on
-    every parameter, gradient elements clipped to ±1. Other arguments as of :class:`TrainingConfig`.
+    every parameter. Arguments as of :class:`TrainingConfig`.
 
     A batch of 16 takes eight GPUs of 11 GB; on one GPU ``training.accumulate_batches=8`` computes it two images at a
     time, and ``training.precision=bf16`` halves what the features need.
@@ -63,7 +67,7 @@ def published_training(
         lr_schedule="multistep",
         lr_decay_iters=list(schedule.lr_decay_iters),
         warmup_iters=schedule.warmup_iters,
-        clip_gradient_value=1.0,
+        clip_gradient_value=clip_gradient_value,
         short_edge_pixels=list(short_edge_pixels),
         max_edge_pixels=max_edge_pixels,
         num_workers=4,

@@ -27,6 +27,7 @@ from pipeline.stages import STAGES
 from pipeline.training_stages import STUDENT_CHECKPOINT
 from tests.conformance.generated_datasets import overrides_for
 from training.checkpoint import load_student
+from training.distillers import NoDistillerConfig
 from training.student import build_student
 from training.tracking import METRICS_FILE
 
@@ -75,12 +76,17 @@ class RecipeRun:
 
 def small_recipe(name: str, folder: Path, *overrides: str) -> Recipe:
     """The recipe with its own model, on a generated data set of its own format, with the sizes and numbers above."""
-    distillation = () if "distiller=none" in overrides else DISTILLATION
+    distillation = DISTILLATION if is_distilled(name, *overrides) else ()
     dataset_format = recipes.load(name).sections["dataset"].format
     # Two iterations leave every score near the prior: without a threshold below it there is nothing to compare.
     threshold = SCORE_THRESHOLDS["roi_heads" in recipes.load(name).model]
     own = [*overrides_for(dataset_format, folder), *TRAINING, *distillation, *EXPORT, f"{threshold}=0.0"]
     return recipes.load(name, [*own, *overrides])
+
+
+def is_distilled(name: str, *overrides: str) -> bool:
+    """Whether the recipe with these overrides trains with a distiller."""
+    return not isinstance(recipes.load(name, overrides).sections["distiller"], NoDistillerConfig)
 
 
 def run_recipe(recipe: Recipe, folder: Path) -> RecipeRun:

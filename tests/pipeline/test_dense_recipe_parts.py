@@ -11,9 +11,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
 from pipeline.recipe import load
-from pipeline.recipe_parts import CAFFE_BGR, atss, fcos, paper_fcos, resnet, retinanet, swin_tiny
+from pipeline.recipe_parts import CAFFE_BGR, atss, fcos, gfl, paper_fcos, resnet, retinanet, swin_tiny
 from training.detectors.atss_matcher import AtssMatcher
+from training.detectors.distribution_retinanet import DistributionRetinaNet
+from training.detectors.edges import EdgeDistributions
 from training.detectors.fcos_matcher import FcosMatcher
+from training.detectors.gfl_detector import GflDetector
 from training.detectors.location_detector import LocationDetector
 from training.student import build_student
 
@@ -39,8 +42,12 @@ def losses_of(detector: Any) -> dict[str, float]:
         (fcos(resnet(18), **SMALL), FCOS, 0.2, 0.6),
         (paper_fcos(resnet(18), **SMALL), LocationDetector, 0.05, 0.6),
         (atss(resnet(18), **SMALL), LocationDetector, 0.05, 0.6),
+        (gfl(resnet(18), **SMALL), GflDetector, 0.05, 0.6),
+        (retinanet(resnet(18), reg_max=16, **SMALL), DistributionRetinaNet, 0.05, 0.6),
+        (paper_fcos(resnet(18), reg_max=16, **SMALL), LocationDetector, 0.05, 0.6),
+        (atss(resnet(18), reg_max=16, **SMALL), LocationDetector, 0.05, 0.6),
     ],
-    ids=["retinanet", "fcos", "paper_fcos", "atss"],
+    ids=["retinanet", "fcos", "paper_fcos", "atss", "gfl", "gfl_retinanet", "gfl_fcos", "gfl_atss"],
 )
 def test_each_part_builds_the_detector_for_the_data_sets_classes(
     model: Any, kind: type, threshold: float, nms_threshold: float
@@ -55,7 +62,30 @@ def test_each_part_builds_the_detector_for_the_data_sets_classes(
     assert all(torch.isfinite(torch.tensor(value)) for value in losses_of(detector).values())
 
 
+@pytest.mark.parametrize(("part", "weight"), [(retinanet, 2.0), (paper_fcos, 1.0), (atss, 2.0), (gfl, 2.0)])
+def test_with_reg_max_the_head_predicts_distributions_and_the_box_loss_has_the_papers_weight(
+    part: Any, weight: float
+) -> None:
+    detector = built(part(resnet(18), reg_max=7, **SMALL))
+    assert isinstance(detector.head.edges, EdgeDistributions)
+    assert detector.head.edges.reg_max == 7
+    assert detector.head.bbox_pred.out_channels == (9 if part is retinanet else 1) * 4 * 8
+    assert detector.box_loss_weight == weight
+
+
 @pytest.mark.parametrize("part", [retinanet, paper_fcos, atss])
+def test_a_detector_with_distributions_differs_from_the_plain_one_in_its_boxes_alone(part: Any) -> None:
+    plain, distributional = part(resnet(18), **SMALL), part(resnet(18), reg_max=16, **SMALL)
+    assert plain.head.pop("reg_max", None) is None
+    assert distributional.head.pop("reg_max") == 16
+    if part is retinanet:
+        del plain.box2box_transform, plain.vis_period, distributional.box_loss_weight
+        for tree in (plain, distributional):
+            del tree._target_, tree.head._target_, tree.test_nms_thresh
+    assert plain == distributional
+
+
+@pytest.mark.parametrize("part", [retinanet, paper_fcos, atss, gfl])
 def test_the_top_levels_are_taken_from_res5_where_asked(part: Any) -> None:
     detector = built(part(resnet(18), top_block_in="res5", res5_channels=512, **SMALL))
     assert detector.backbone.top_block.p6.in_channels == 512
@@ -98,6 +128,13 @@ def test_a_recipes_matcher_takes_overrides() -> None:
     atss_overrides = ["model.matcher.anchor_scale=4", "model.matcher.num_level_candidates=5"]
     matcher = instantiate(load("atss_r50_1x_single_scale", atss_overrides).model.matcher)
     assert vars(matcher) == {"anchor_scale": 4, "num_level_candidates": 5}
+
+
+def test_a_recipes_head_takes_distributions_as_an_override() -> None:
+    model = load("atss_r50_1x_single_scale", ["model.head.reg_max=8"]).model
+    assert instantiate(model.head).bbox_pred.out_channels == 4 * 9
+    model = load("gfl_r18_1x_single_scale", ["model.head.reg_max=8"]).model
+    assert instantiate(model.head).edges.reg_max == 8
 
 
 def test_bounds_for_another_number_of_levels_are_refused_as_the_model_is_built() -> None:

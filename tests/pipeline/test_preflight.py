@@ -18,7 +18,7 @@ from pipeline import recipe as recipes
 from pipeline.errors import RecipeError
 from pipeline.preflight import NUM_CLASSES, preflight
 from pipeline.recipe import Recipe
-from pipeline.recipe_parts import atss, paper_fcos, resnet
+from pipeline.recipe_parts import atss, gfl, paper_fcos, resnet, retinanet
 from training.backbones.timm_backbone import UnsupportedBackbone
 from training.backbones.weight_file import WeightsUnusable
 from training.detection_losses import UnsupportedStudent
@@ -100,10 +100,17 @@ def test_a_model_that_cannot_be_built_is_told_with_the_recipe(tmp_path: Path) ->
         preflight(broken)
 
 
-@pytest.mark.parametrize("part", [paper_fcos, atss])
+@pytest.mark.parametrize("part", [paper_fcos, atss, gfl])
 def test_a_head_whose_norm_has_one_channel_a_group_is_refused(part: Callable[..., Any]) -> None:
     recipe = dataclasses.replace(recipes.load(TINY), model=part(resnet(18), channels=32))
     with pytest.raises(RecipeError, match=r"tiny_recipe\.py: .*norm_groups is 32 for 32 channels.*choose a smaller"):
+        preflight(recipe)
+
+
+@pytest.mark.parametrize("part", [retinanet, paper_fcos, atss, gfl])
+def test_distributions_of_too_small_a_reg_max_are_refused(part: Callable[..., Any]) -> None:
+    recipe = dataclasses.replace(recipes.load(TINY), model=part(resnet(18), channels=64, reg_max=0))
+    with pytest.raises(RecipeError, match=r"tiny_recipe\.py: .*reg_max is 0, expected a whole number of 1 or more"):
         preflight(recipe)
 
 

@@ -1,7 +1,7 @@
 """The recipes hold the settings that were published, and say what results were.
 
-The tables here were written from the reference's configurations, the paper and the README of its code, not from the
-recipes. P, Q and F are the reference's iterations without distillation at the start and at the end, and with a frozen
+The tables here were written from the references' configurations, the papers and the README of LGD's code, not from
+the recipes. P, Q and F are LGD's iterations without distillation at the start and at the end, and with a frozen
 backbone; ctx is its context box, det its detached appearance embedding.
 """
 
@@ -49,6 +49,13 @@ faster_rcnn_r50_voc        FasterRCNN voc        0.02  55.1     56.8
 retinanet_r50_crowdhuman   RetinaNet  crowdhuman 0.01  57.9     56.4
 faster_rcnn_r50_crowdhuman FasterRCNN crowdhuman 0.02  48.7     46.4
 """
+# GFL's plain students; the results are of the tables of localisation distillation.
+GFL_ROWS = """
+recipe                  depth result
+gfl_r18_1x_single_scale 18    35.8
+gfl_r34_1x_single_scale 34    38.9
+gfl_r50_1x_single_scale 50    40.1
+"""
 UNPUBLISHED = ("embedded", "retinanet_r50_single_gpu")
 
 EPOCHS = {
@@ -85,7 +92,7 @@ def _rows(table: str) -> dict[str, dict[str, str]]:
     return {values[0]: dict(zip(header, values, strict=True)) for values in lines}
 
 
-COCO, OTHER = _rows(COCO_ROWS), _rows(OTHER_ROWS)
+COCO, OTHER, GFL = _rows(COCO_ROWS), _rows(OTHER_ROWS), _rows(GFL_ROWS)
 ROWS = {**COCO, **OTHER}
 
 
@@ -96,7 +103,7 @@ def _docstring(recipe: str) -> str:
 
 
 def test_every_recipe_is_in_a_table() -> None:
-    assert sorted((*ROWS, *UNPUBLISHED)) == available()
+    assert sorted((*ROWS, *GFL, *UNPUBLISHED)) == available()
 
 
 @pytest.mark.parametrize("name", COCO)
@@ -214,6 +221,43 @@ def test_the_baseline_of_a_recipe_differs_in_its_distiller_alone(name: str) -> N
     recipe, baseline = load(name), load(name, ["distiller=none"])
     assert type(baseline.sections["distiller"]).__name__ == "NoDistillerConfig"
     assert _without_distiller(recipe) == _without_distiller(baseline)
+
+
+@pytest.mark.parametrize("name", GFL)
+def test_a_recipe_of_gfl_trains_twelve_epochs_without_a_distiller_as_published(name: str) -> None:
+    recipe = load(name)
+    training = recipe.sections["training"]
+    assert type(recipe.sections["distiller"]).__name__ == "NoDistillerConfig"
+    epoch = math.ceil(117_266 / 16)  # of train2017's images that have objects
+    assert training.skip_empty_images
+    assert (training.images_per_batch, training.max_iter) == (16, 12 * epoch)
+    assert training.lr_decay_iters == (8 * epoch, 11 * epoch)
+    assert (training.optimizer, training.learning_rate, training.weight_decay) == ("sgd", 0.01, 1e-4)
+    assert (training.warmup_iters, training.clip_gradient_value) == (500, None)
+    assert (training.short_edge_pixels, training.max_edge_pixels) == ((800,), 1333)
+    assert (recipe.sections["export"].short_edge_pixels, recipe.sections["export"].canvas) == (800, (800, 1344))
+
+
+@pytest.mark.parametrize("name", GFL)
+def test_a_recipe_of_gfl_builds_the_network_of_its_row_and_says_its_result(name: str) -> None:
+    depth, recipe = int(GFL[name]["depth"]), load(name)
+    model = recipe.resolved["model"]
+    assert model["_target_"] == "training.detectors.gfl_detector.GflDetector"
+    assert model["matcher"]["_target_"] == MATCHERS["ATSS"]
+    assert model["head"]["reg_max"] == 16
+    bottom_up, top_block = model["backbone"]["bottom_up"], model["backbone"]["top_block"]
+    assert (top_block["in_feature"], top_block["in_channels"]) == ("p5", 256)
+    assert (model["input_format"], model["pixel_std"]) == ("RGB", [58.395, 57.12, 57.375])
+    if depth == 50:
+        assert {stage["stride_in_1x1"] for stage in bottom_up["stages"]} == {False}
+    else:
+        assert bottom_up["stages"]["depth"] == depth
+    weights = {18: "weights/resnet18-f37072fd.pth", 34: "weights/resnet34-b627a593.pth"}
+    assert recipe.sections["training"].init_checkpoint == weights.get(depth, f"{ZOO}/torchvision/R-50.pkl")
+    words = _docstring(name)
+    assert f"make train-export-deploy RECIPE={name} " in words
+    assert f"Box AP on val2017: {GFL[name]['result']}," in words
+    assert f"ResNet-{depth} " in words
 
 
 def _without_distiller(recipe: Recipe) -> dict:

@@ -243,7 +243,7 @@ def test_an_unknown_detector_or_backbone_lists_those_that_exist(path: Path) -> N
     message = _refused(path)
     assert "line 1: ImportError: cannot import name 'retinanett'" in message
     assert "did you mean 'retinanet'?" in message
-    for part in ("atss", "faster_rcnn", "fcos", "mask_rcnn", "paper_fcos", "resnext101_32x8d", "swin_tiny"):
+    for part in ("atss", "faster_rcnn", "fcos", "gfl", "mask_rcnn", "paper_fcos", "resnext101_32x8d", "swin_tiny"):
         assert f" {part}," in message
     path.write_text("from pipeline.recipe_parts import vgg\n")
     assert "; there are " in _refused(path)
