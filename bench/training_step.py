@@ -41,7 +41,7 @@ from training.optimization import Optimizers, build_optimizers  # noqa: E402
 from training.student import build_student  # noqa: E402
 from training.train import distilled_detector  # noqa: E402
 
-ONE_STAGE = ("retinanet", "fcos", "paper_fcos", "atss")
+ONE_STAGE = ("retinanet", "fcos", "paper_fcos", "atss", "gfl")
 TWO_STAGE = ("faster_rcnn", "mask_rcnn")
 NUM_CLASSES = 80
 BOXES_PER_IMAGE = 8
