@@ -191,9 +191,8 @@ class LocationDecoder(nn.Module):
         strides: Sequence[Tensor],
     ) -> None:
         super().__init__()
-        self.head_tensor_names = ("class_logits", "edge_values")
-        if isinstance(detector, LocationDetector):
-            self.head_tensor_names += ("centerness",)
+        names = ("class_logits", "edge_values", "centerness")
+        self.head_tensor_names = names if isinstance(detector, LocationDetector) else names[:2]
         self.edges = detector.head.edges
         self.num_classes = detector.num_classes
         self.num_candidates = detector.test_topk_candidates

@@ -27,7 +27,12 @@ from tests.export.conftest import CLASS_NAMES, Exported, canvases, signature_for
 from tests.export.tiny_two_stage import calibrated_rcnn
 
 RETINANET = ("class_logits", "box_deltas")
-LOCATION = ("class_logits", "box_distances", "centerness")
+TENSORS = {
+    "FCOS": ("class_logits", "box_distances", "centerness"),
+    "PaperFCOS": ("class_logits", "edge_values", "centerness"),
+    "GFL": ("class_logits", "edge_values"),
+    "DistributionRetinaNet": ("class_logits", "edge_values"),
+}
 
 
 def images_of(exported: Exported, num_images: int = 2) -> list[np.ndarray]:
@@ -63,13 +68,15 @@ def test_errors_are_those_of_the_arrays_over_all_canvases() -> None:
     assert (row.max_abs_error, row.mean_abs_error, row.max_abs_value) == (1.0, 0.375, 4.0)
 
 
-@pytest.mark.parametrize("family", ["FCOS", "PaperFCOS"])
+@pytest.mark.parametrize("family", TENSORS)
 def test_every_dense_family_names_its_tensors(family: str) -> None:
     detector = DENSE[family](len(CLASS_NAMES))
     graph = detector_graph(detector, signature_for(detector, 64, 96))
     rungs = {"detectron2": detectron2_head_tensors(detector, graph), "graph": graph_head_tensors(graph)}
     rows = head_differences(rungs, canvases(64, 96, 1))
-    assert {(row.tensor, row.level) for row in rows} == {(name, level) for name in LOCATION for level in range(5)}
+    assert {(row.tensor, row.level) for row in rows} == {
+        (name, level) for name in TENSORS[family] for level in range(5)
+    }
     assert max(row.max_abs_error for row in rows) < 1e-4
 
 
