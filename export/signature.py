@@ -47,7 +47,7 @@ class Detections:
         return self.where(self.scores > score)
 
     def where(self, keep: np.ndarray) -> Detections:
-        """The detections that ``keep``, (M,) bool, marks."""
+        """The detections that ``keep``, (M,) bool or positions, marks."""
         masks = None if self.masks is None else self.masks[keep]
         return Detections(boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep], masks=masks)
 

@@ -18,6 +18,7 @@ from serving.preprocessing import read_image
 from training.dataset import CocoDataset, detectron2_dicts
 
 MAX_PICTURES = 12
+MAX_DRAWN = 30  # detections of a panel, the best: more hide each other and the image
 
 
 def draw_changed_images(
@@ -33,7 +34,7 @@ def draw_changed_images(
     Args:
         rows: of the rungs, those whose pictures matter most first.
         measured: of all rungs, and of those that they are compared with.
-        score_floor: what is not above it is not drawn.
+        score_floor: what is not above it is not drawn; of the rest the best.
 
     Returns:
         Of each picture its file, the rungs on its left and right, the image and its change.
@@ -59,11 +60,12 @@ def _panel(
     detections = found.found.get(image_id)
     if detections is None:
         return f"{rung}: 0", draw_boxes(picture, np.zeros((0, 4)), np.zeros(0, int), (), scale=panel_scale(picture))
-    keep = detections.scores > score_floor
-    shown = detections.where(keep)
+    above = np.flatnonzero(detections.scores > score_floor)
+    best = above[np.argsort(-detections.scores[above], kind="stable")[:MAX_DRAWN]]
+    shown = detections.where(best)
     if found.masks is not None:
-        encoded = [found.masks[image_id][index] for index in np.flatnonzero(keep)]
+        encoded = [found.masks[image_id][index] for index in best]
         picture = draw_masks(picture, (coco_mask.decode(mask) > 0 for mask in encoded), shown.labels)
     captions = captions_of(shown.labels, shown.scores, class_names)
     drawn = draw_boxes(picture, shown.boxes, shown.labels, captions, scale=panel_scale(picture))
-    return f"{rung}: {len(shown)} above {score_floor:g}", drawn
+    return f"{rung}: {len(above)} above {score_floor:g}", drawn

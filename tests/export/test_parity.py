@@ -83,6 +83,22 @@ def test_an_unpaired_detection_is_tolerated_only_beside_a_cut_off() -> None:
     assert match(shorter, shorter.above(0.46)).num_unmatched > 0
 
 
+def test_of_equal_scores_nms_may_have_kept_the_other_and_the_two_are_counted_apart() -> None:
+    kept = detections([[0, 0, 50, 50], [100, 0, 150, 50]], [0.99995, 0.6], [0, 0])
+    other = detections([[1, 1, 51, 51], [100, 0, 150, 50]], [0.99995, 0.6], [0, 0])
+    result = match_detections(kept, other, score_threshold=0.05, max_detections=100, nms_threshold=0.5)
+    assert (result.num_matched, result.num_unmatched, result.num_tied) == (1, 0, 2)
+    assert match(kept, other).num_unmatched == 2, "not asked for"
+    assert combined([result, result]).num_tied == 4
+    for changed in (
+        dataclasses.replace(other, scores=np.array([0.9999, 0.6], np.float32)),
+        dataclasses.replace(other, labels=np.array([1, 0], np.int32)),
+        dataclasses.replace(other, boxes=other.boxes + np.array([[30, 30, 30, 30], [0, 0, 0, 0]], np.float32)),
+    ):
+        result = match_detections(kept, changed, score_threshold=0.05, max_detections=100, nms_threshold=0.5)
+        assert (result.num_unmatched, result.num_tied) == (2, 0)
+
+
 def test_below_the_floor_no_partner_is_needed() -> None:
     a, b = detections(BOXES, [0.9, 0.8, 0.2], [0, 1, 2]), detections(BOXES[:2], [0.9, 0.8], [0, 1])
     assert match(a, b, score_floor=0.3).num_unmatched == 0

@@ -142,6 +142,19 @@ def test_detections_that_differ_name_their_rung_where_ap_does_not_move(dataset: 
     assert ladder.match("canvas", "eager").num_unmatched == 0
 
 
+def test_one_tie_is_forgiven_and_boxes_that_all_moved_are_none(dataset: CocoDataset, tmp_path: Path) -> None:
+    ladder = ladder_of(dataset, tmp_path)
+    one_moved = [*found(shift=1.0)[:1], *found()[1:]]
+    climb(ladder, [found(), found(), one_moved, found(shift=1.0)], tmp_path)
+    result = ladder.match("graph", "canvas")
+    assert (result.num_matched, result.num_unmatched, result.num_tied) == (9, 0, 2)
+    assert ladder.gates[-1].passed
+    result = ladder.match("file", "canvas")
+    assert (result.num_matched, result.num_unmatched, result.num_tied) == (5, 0, 10)
+    assert not ladder.gates[-1].passed
+    assert ladder.gates[-1].value == 10
+
+
 def test_the_images_that_changed_are_drawn_those_of_the_lossy_step_first(dataset: CocoDataset, tmp_path: Path) -> None:
     ladder = ladder_of(dataset, tmp_path)
     facts = climb(ladder, [found(), found(shift=2.0), found(shift=2.0), found(shift=9.0)], tmp_path)
