@@ -15,6 +15,8 @@ class ExportConfig:
     Attributes:
         canvas: (H, W) of the graph's input in pixels, divisible by the backbone's stride.
         short_edge_pixels, max_edge_pixels: detectron2's ``ResizeShortestEdge`` rule, so that an image fits the canvas.
+        canvases: more (H, W), each with an ONNX model of the same checkpoint and a row of its AP; images are resized to
+            be as large as the canvas lets them be. Engine and server take ``canvas``.
         max_batch_size: largest batch of graph and engine; every size from 1 on is accepted.
         nms: where overlapping boxes of a class are dropped; the detections are the same. "portable": in the graph, with
             operators that every target has. "onnx": in the graph, as the operator ``NonMaxSuppression``, which
@@ -28,6 +30,7 @@ class ExportConfig:
     canvas: tuple[int, int] = (256, 256)
     short_edge_pixels: int = 256
     max_edge_pixels: int = 256
+    canvases: tuple[tuple[int, int], ...] = ()
     max_batch_size: int = 8
     nms: NmsChoice = "portable"
     precision: Literal["fp32", "tf32"] = "fp32"
@@ -36,10 +39,19 @@ class ExportConfig:
     def __post_init__(self) -> None:
         # Overrides arrive as OmegaConf lists and, for ``[75,80]``, as integers.
         object.__setattr__(self, "canvas", tuple(int(edge) for edge in self.canvas))
+        object.__setattr__(self, "canvases", tuple(tuple(int(edge) for edge in each) for each in self.canvases))
         object.__setattr__(self, "compute_capabilities", tuple(str(c) for c in self.compute_capabilities))
         if len(self.canvas) != 2 or min(self.canvas) < 1:
             raise ValueError(
                 f"export.canvas is {self.canvas}, expected two positive numbers, (height, width) in pixels"
+            )
+        if any(len(each) != 2 or min(each) < 1 for each in self.canvases):
+            raise ValueError(
+                f"export.canvases is {self.canvases}, expected pairs of positive numbers, (height, width) in pixels"
+            )
+        if len({self.canvas, *self.canvases}) <= len(self.canvases):
+            raise ValueError(
+                f"export.canvases is {self.canvases} beside export.canvas {self.canvas}: each canvas can be there once"
             )
         if not 1 <= self.short_edge_pixels <= self.max_edge_pixels:
             raise ValueError(

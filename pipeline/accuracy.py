@@ -75,6 +75,16 @@ class Ladder:
             self._placements[image_id] = placement
             yield canvas
 
+    def on_another_canvas(self, signature: DetectorSignature) -> Ladder:
+        """A branch of this ladder: its rungs, rows and gates are this one's, but run on another canvas."""
+        branch = Ladder(self._dataset, signature, self._context, self._limits)
+        branch.rows, branch.gates, branch._measured = self.rows, self.gates, self._measured
+        return branch
+
+    def remember(self, name: str, found: Iterable[Detections]) -> None:
+        """What a rung without a row finds on the first canvases, for :meth:`match`."""
+        self._first_on_canvas[name] = list(found)
+
     def add_reference(self, student: nn.Module) -> None:
         """The first rung: the plain detectron2 model, evaluated the ordinary way."""
         scratch = self._context.directory / "detectron2"

@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx.numpy_helper
 import torch
@@ -22,17 +23,18 @@ from export.targets.onnx_target import export_onnx
 from export.targets.tensorrt_target import EngineUnavailable, build_engine
 from pipeline.accuracy import ON_CANVAS, REFERENCE, Ladder, canvases_of, detections_of, detectron2_on_canvas
 from pipeline.artifact import digest
+from pipeline.other_canvases import ONNX_MODEL, add_other_canvases, canvas_name, export_other_canvases
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
 from training.checkpoint import load_student
 from training.evaluate import resolve_device
 
-ONNX_MODEL = "model.onnx"
 ENGINE = "model.plan"
 PARITY_FILE = "parity.json"
 GRAPH = "torch, export graph"
 ONNX_RUNTIME = "ONNX Runtime"
 TENSORRT = "TensorRT"
+NUM_FIRST_IMAGES = 5
 NUM_HEAD_IMAGES = 4
 
 
@@ -54,15 +56,20 @@ def export(context: StageContext) -> StageResult:
         detector_graph(student, signature, config.nms), signature, path, ends_at_candidates=config.nms == "outside"
     )
     signature.write(context.directory)
+    others = export_other_canvases(student, signature, config, context.directory)
     removed = set(json.loads(context.inputs["strip"].path(REMOVED_TENSORS_FILE).read_text()))
-    num_teacher = len(removed & initializer_digests(path))
-    canvases = [canvas for _, canvas, _ in canvases_of(dataset_of(context.inputs["data"], "validation"), signature, 5)]
+    num_teacher = sum(len(removed & initializer_digests(model)) for model in (path, *others.values()))
+    canvases = _first_canvases(context, signature)
     with OnnxRuntimeRunner(path, signature) as runner:
         invariance = batch_invariance(runner, canvases, score_floor=signature.score_threshold)
     gates = [
         Gate(name="teacher tensors in the ONNX model", value=num_teacher, limit=0, passed=num_teacher == 0),
         batch_gate("ONNX Runtime", invariance),
     ]
+    for other, model in others.items():
+        with OnnxRuntimeRunner(model, other) as runner:
+            found = batch_invariance(runner, _first_canvases(context, other), score_floor=other.score_threshold)
+        gates.append(batch_gate(canvas_name(other), found))
     facts = {
         **dataclasses.asdict(onnx_facts),
         "nms": config.nms,
@@ -70,6 +77,12 @@ def export(context: StageContext) -> StageResult:
         "batch_sizes_checked": invariance.batch_sizes,
     }
     return StageResult(facts=facts, gates=gates)
+
+
+def _first_canvases(context: StageContext, signature: DetectorSignature) -> list[np.ndarray]:
+    """The first validation images on a canvas."""
+    dataset = dataset_of(context.inputs["data"], "validation")
+    return [canvas for _, canvas, _ in canvases_of(dataset, signature, NUM_FIRST_IMAGES)]
 
 
 def loaded_student(context: StageContext) -> nn.Module:
@@ -155,6 +168,7 @@ def _validated(context: StageContext) -> StageResult:
     ladder.match(GRAPH, ON_CANVAS)
     matching, invariance = _add_onnxruntime(ladder, context, signature)
     _add_tensorrt(ladder, context, signature)
+    add_other_canvases(ladder, context, student)
     head_tensors = {
         ON_CANVAS: detectron2_head_tensors(student, graph),
         GRAPH: graph_head_tensors(graph),

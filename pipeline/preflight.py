@@ -7,6 +7,7 @@ from torch import nn
 from export.detector_graph import detector_graph, signature_of
 from pipeline.endpoint import check_server, check_serves_nms
 from pipeline.errors import RecipeError
+from pipeline.other_canvases import other_signatures
 from pipeline.overrides import one_line
 from pipeline.recipe import Recipe
 from training.acceleration import check_compiler, check_precision
@@ -52,7 +53,8 @@ def preflight(recipe: Recipe) -> None:
         category_ids=range(NUM_CLASSES),
         max_batch_size=export.max_batch_size,
     )
-    detector_graph(student, signature, export.nms)
+    for each in (signature, *other_signatures(signature, export)):
+        detector_graph(student, each, export.nms)
     check_serves_nms(export.nms, recipe.sections["serving"])
     check_server(recipe.sections["serving"])
 

@@ -14,9 +14,19 @@ def test_lists_and_numbers_of_an_override_become_the_declared_types() -> None:
     )
 
 
+def test_more_canvases_come_as_lists_of_lists() -> None:
+    config = ExportConfig(canvases=[[128, 256.0], [64, 64]])  # type: ignore[arg-type,list-item]
+    assert config.canvases == ((128, 256), (64, 64))
+    assert isinstance(hash(config), int)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"canvases": ((256,),)}, r"export\.canvases is \(\(256,\),\), expected pairs"),
+        ({"canvases": ((64, 0),)}, r"export\.canvases"),
+        ({"canvases": ((64, 64), (64, 64))}, "each canvas can be there once"),
+        ({"canvases": ((256, 256),)}, "each canvas can be there once"),
         ({"canvas": (256,)}, r"export\.canvas is \(256,\)"),
         ({"canvas": (0, 256)}, r"export\.canvas"),
         ({"short_edge_pixels": 400}, "1 <= short edge <= max edge"),

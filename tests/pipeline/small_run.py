@@ -75,7 +75,7 @@ class SmallRun:
             )
 
         return (
-            early("data", _data),
+            early("data", small_data),
             early("export", self._export),
             early("engine", self._engine),
             early("validate", self._validate),
@@ -116,7 +116,8 @@ class SmallRun:
         return StageResult(facts={"rows": rows})
 
 
-def _data(context: StageContext) -> StageResult:
+def small_data(context: StageContext) -> StageResult:
+    """A validation set of three flat images with one object."""
     signature = make_signature()
     (context.directory / "images").mkdir()
     for number in range(1, NUM_IMAGES + 1):

@@ -44,6 +44,7 @@ def launched(command: str, *overrides: str) -> Recipe:
         (["distiller.distill_until_iter=1"], RecipeError, r"distill_until_iter is 1 .* nothing would be distilled"),
         (["distiller.num_heads=5"], LgdInputError, r"does not divide the 32 channels"),
         (["export.canvas=[100,128]"], UnsupportedDetector, r"nearest that is: 128 x 128"),
+        (["export.canvases=[[96,96],[64,100]]"], UnsupportedDetector, r"canvas 64 x 100 .* nearest that is: 64 x 128"),
         (["export.canvas=[64,64]"], UnsupportedDetector, r"do not fit a canvas of 64 x 64"),
         (
             ["export.nms=outside", "serving.server=path", "serving.backend=onnxruntime"],
