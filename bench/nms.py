@@ -8,7 +8,7 @@ others; crowded ones are nearly the same three boxes, so that every one has to b
 without NMS, which is what the look-up costs. Choices alternate, so that what else the machine does falls on all; ratios
 are of medians.
 
-With `--run`, the student of a finished run is exported with each choice and evaluated on the validation set.
+With `--run`, the student of a run is exported with each choice and evaluated on the run's validation set.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from record import write_result  # noqa: E402
 
 from export.average_precision import average_precision  # noqa: E402
 from export.config import NmsChoice  # noqa: E402
-from export.detector_graph import detector_graph  # noqa: E402
+from export.detector_graph import detector_graph, signature_of  # noqa: E402
 from export.graph_parts import Nms, ended, nms_of  # noqa: E402
 from export.nms import rows  # noqa: E402
 from export.runners import OnnxRuntimeRunner, Runner, TensorRTRunner  # noqa: E402
@@ -79,7 +79,9 @@ def main() -> None:
         if arguments.run is not None:
             result["accuracy"] = accuracy(arguments.run, arguments.recipe, Path(scratch), arguments.threads)
     if arguments.write:
-        print(f"written to {write_result('nms', result, 'python bench/nms.py ' + ' '.join(sys.argv[1:]))}")
+        run = f" --run RUN --recipe {arguments.recipe or arguments.run.name}" if arguments.run is not None else ""
+        command = f"python bench/nms.py --repeats {arguments.repeats} --threads {arguments.threads}{run} --write"
+        print(f"written to {write_result('nms', result, command)}")
 
 
 def scenes() -> dict[tuple[int, str], Candidates]:
@@ -216,10 +218,19 @@ def measured(runners: Mapping[str, Runner], signature: DetectorSignature, num_re
 def accuracy(run_dir: Path, recipe_name: str | None, scratch: Path, num_threads: int) -> list[dict[str, Any]]:
     """AP of a run's student with each choice in ONNX Runtime on the CPU, and what the whole detector takes an image."""
     recipe = recipes.load(recipe_name or run_dir.name)
-    data, strip = open_artifact(run_dir / "data"), open_artifact(run_dir / "strip")
-    signature = DetectorSignature.read(open_artifact(run_dir / "export").directory)
-    student = load_student(build_student(recipe.model, len(signature.class_names)), strip.path(STUDENT_CHECKPOINT))
-    dataset, found = dataset_of(data, "validation"), []
+    dataset, config = dataset_of(open_artifact(run_dir / "data"), "validation"), recipe.sections["export"]
+    checkpoint = open_artifact(run_dir / "strip").path(STUDENT_CHECKPOINT)
+    student = load_student(build_student(recipe.model, len(dataset.class_names)), checkpoint)
+    signature = signature_of(
+        student,
+        canvas=config.canvas,
+        short_edge=config.short_edge_pixels,
+        max_edge=config.max_edge_pixels,
+        class_names=dataset.class_names,
+        category_ids=dataset.category_ids,
+        max_batch_size=config.max_batch_size,
+    )
+    found = []
     for choice in CHOICES:
         path = scratch / f"student_{choice}.onnx"
         graph = detector_graph(student, signature, choice)
@@ -255,7 +266,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="of each measurement")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime's CPU sessions")
-    parser.add_argument("--run", type=Path, help="folder of a finished run, for AP with each choice")
+    parser.add_argument("--run", type=Path, help="folder of a run that came as far as strip, for AP with each choice")
     parser.add_argument("--recipe", help="the run's recipe; by default the one that the folder is called after")
     parser.add_argument("--write", action="store_true", help="keep the result in bench/results/nms.json")
     return parser.parse_args()
