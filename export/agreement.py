@@ -141,7 +141,14 @@ def _mask_ious(
 ) -> np.ndarray:
     if before is None or after is None:
         return np.zeros(0)
-    return np.array([coco_mask.iou([after[j]], [before[i]], [0])[0, 0] for i, j in pairs])
+    return np.array([_mask_iou(before[i], after[j]) for i, j in pairs])
+
+
+def _mask_iou(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """IoU of two masks; 1 where both are empty, as they are equal."""
+    if coco_mask.area(a) == coco_mask.area(b) == 0:
+        return 1.0
+    return float(coco_mask.iou([b], [a], [0])[0, 0])
 
 
 def agreement(images: Iterable[ImageAgreement], *, score_floor: float) -> Agreement:

@@ -178,7 +178,7 @@ class Ladder:
             self.hold(
                 name,
                 Gate(
-                    name=f"{WORDS[metric]} of {name}, difference to {other}, at least",
+                    name=f"{WORDS[metric]} of {name} minus that of {other}, at least",
                     value=difference,
                     limit=-allowed,
                     passed=difference >= -allowed,

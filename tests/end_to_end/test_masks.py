@@ -48,7 +48,7 @@ def test_every_row_has_the_ap_of_boxes_and_of_masks(run_dir: Path) -> None:
     assert len(measured) >= 6
     assert all({"AP", "segm_AP", "segm_AP50"} <= set(row) for row in measured)
     for row in measured[1:]:
-        assert f"mask AP of {row['name']}, difference to {row['compared_with']}, at least" in row["gates"]
+        assert f"mask AP of {row['name']} minus that of {row['compared_with']}, at least" in row["gates"]
         assert row["differences"]["segm_AP"]["low"] <= row["differences"]["segm_AP"]["high"]
     for row in measured[2:]:
         assert row["agreement"]["mask_iou_p01"] > 0.99

@@ -133,3 +133,8 @@ def test_masks_are_compared_in_the_image_and_a_lost_mask_is_a_change() -> None:
     )
     assert agreement(by_image.values(), score_floor=0.3).mask_iou_p01 == pytest.approx(0.75)
     assert by_image[1].change == pytest.approx(0.25 * 0.8)
+    for columns, expected in ((0, 1.0), (40, 0.0)):
+        by_image = agreement_by_image(
+            found, found, score_floor=0.3, reference_masks={1: masks(0)}, candidate_masks={1: masks(columns)}
+        )
+        assert by_image[1].mask_ious.tolist() == [expected], "two empty masks are equal"

@@ -113,7 +113,7 @@ def test_the_first_rung_that_loses_is_named_though_those_after_it_lose_as_much(
     assert row["differences"]["AP"]["value"] < -10
     assert [lost["name"] for lost in row["worst_classes"]] == ["whale"]
     first = next(gate for gate in ladder.gates if not gate.passed)
-    assert first.name == f"AP of {broken}, difference to {row['compared_with']}, at least"
+    assert first.name == f"AP of {broken} minus that of {row['compared_with']}, at least"
     assert first.limit == -0.05
     assert "largest class drops: 'whale'" in first.reason
     after = facts["rows"][NAMES.index(broken) + 1 :]
@@ -189,8 +189,8 @@ def test_a_rung_that_lost_its_masks_is_lossy_though_its_boxes_are_right(dataset:
     ]  # fmt: skip
     facts = climb(ladder, [full, full, half, half], tmp_path)
     assert facts["first_lossy_rung"] == "graph"
-    (failed,) = [gate.name for gate in ladder.gates if not gate.passed and "graph," in gate.name]
-    assert failed == "mask AP of graph, difference to canvas, at least"
+    (failed,) = [gate.name for gate in ladder.gates if not gate.passed and "of graph" in gate.name]
+    assert failed == "mask AP of graph minus that of canvas, at least"
     row = facts["rows"][2]
     assert row["differences"]["AP"]["value"] == 0
     assert row["differences"]["segm_AP"]["value"] < -50
