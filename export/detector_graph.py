@@ -88,6 +88,12 @@ def detector_graph(detector: nn.Module, signature: DetectorSignature, nms: NmsCh
             f"export: canvas {height} x {width} is not divisible by {divisor}, the backbone's size_divisibility; "
             f"the nearest that is: {-(-height // divisor) * divisor} x {-(-width // divisor) * divisor}"
         )
+    square = detector.backbone.padding_constraints.get("square_size", 0)
+    if square and (height, width) != (square, square):
+        raise UnsupportedDetector(
+            f"export: the backbone pads every image to {square} x {square} and the canvas is {height} x {width}; give "
+            f"export.canvas=[{square},{square}]"
+        )
     settings = family.settings(detector)
     if settings.num_classes != len(signature.class_names):
         raise UnsupportedDetector(
@@ -158,14 +164,23 @@ def signature_of(
     )
 
 
+def check_supported(detector: nn.Module) -> None:
+    """Refuse a detector that has no export graph, whatever the canvas.
+
+    Raises:
+        UnsupportedDetector: names the family or the part, and what is supported.
+    """
+    _family(detector)
+
+
 def _family(detector: nn.Module) -> Family:
+    supported = f"supported families: {', '.join(sorted(kind.__name__ for kind in FAMILIES))}"
     for kind in type(detector).__mro__:
         if kind in FAMILIES:
             if refusal := FAMILIES[kind].refusal(detector):
-                raise UnsupportedDetector(f"export: {type(detector).__name__} has {refusal}")
+                raise UnsupportedDetector(f"export: {type(detector).__name__} has {refusal}; {supported}")
             return FAMILIES[kind]
     raise UnsupportedDetector(
-        f"export: there is no export graph for {type(detector).__module__}.{type(detector).__name__}; supported "
-        f"families: {', '.join(sorted(kind.__name__ for kind in FAMILIES))}. A family is a line of FAMILIES in "
-        "export/detector_graph.py."
+        f"export: there is no export graph for {type(detector).__module__}.{type(detector).__name__}; {supported}. "
+        "A family is a line of FAMILIES in export/detector_graph.py."
     )

@@ -53,6 +53,8 @@ def two_stage_settings(detector: GeneralizedRCNN) -> InferenceSettings:
 
 def why_unsupported(detector: GeneralizedRCNN) -> str | None:
     """What of the detector has no counterpart in the graph; None: it can be exported."""
+    if type(detector).inference is not GeneralizedRCNN.inference:
+        return "an inference of its own; there is a graph for what GeneralizedRCNN computes"
     rpn, heads = detector.proposal_generator, detector.roi_heads
     if type(rpn) is not RPN or type(heads) is not StandardROIHeads:
         return f"{type(rpn).__name__} with {type(heads).__name__}; there is a graph for RPN with StandardROIHeads"

@@ -147,6 +147,13 @@ def test_a_canvas_that_the_stride_does_not_divide_is_refused_with_the_nearest_th
         detector_graph(tiny_retinanet, signature_for(tiny_retinanet, 250, 256))
 
 
+def test_a_backbone_that_pads_to_a_square_takes_no_other_canvas(tiny_retinanet: RetinaNet) -> None:
+    tiny_retinanet.backbone._square_pad = 128
+    with pytest.raises(UnsupportedDetector, match=r"pads every image to 128 x 128 .*export\.canvas=\[128,128\]"):
+        detector_graph(tiny_retinanet, signature_for(tiny_retinanet, 96, 128))
+    detector_graph(tiny_retinanet, signature_for(tiny_retinanet, 128, 128))
+
+
 def test_images_larger_than_the_canvas_and_a_wrong_number_of_classes_are_refused(tiny_retinanet: RetinaNet) -> None:
     common = {"canvas": (64, 96), "short_edge": 64, "class_names": ("a",), "category_ids": (1,), "max_batch_size": 1}
     with pytest.raises(UnsupportedDetector, match="do not fit a canvas of 64 x 96"):
