@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from training.embedded_dataset import generate
 from training.evaluate import inference_loader
 from training.own_dataset import OwnDataset
 from training.strip import strip as strip_checkpoint
-from training.student import build_student
+from training.student import build_student, class_owner
 from training.tracking import METRICS_FILE
 from training.train import TrainingResult, distilled_detector
 from training.train import train as train_student
@@ -39,7 +40,7 @@ NUM_CLASSES_UNSAID = 80  # what the recipes' model parts start from
 def data(context: StageContext) -> StageResult:
     """Generate the embedded data set, or check the user's."""
     config: DatasetConfig = context.recipe.sections["dataset"]
-    if config.train is None:
+    if config.is_embedded:
         context.console.print(f"data: composing {config.num_train + config.num_validation} images")
         train_file, validation_file = generate(
             context.directory, num_train=config.num_train, num_validation=config.num_validation, seed=config.seed
@@ -49,10 +50,16 @@ def data(context: StageContext) -> StageResult:
     else:
         own = own_datasets(config)
     check_same_classes(own["train"].dataset, own["validation"].dataset)
+    return checked_data(context, own)
+
+
+def checked_data(context: StageContext, own: Mapping[str, OwnDataset]) -> StageResult:
+    """The data artifact of these splits: what had to be changed of them on a copy, every image decoded."""
+    config: DatasetConfig = context.recipe.sections["dataset"]
     facts: dict[str, Any] = {
-        "embedded": config.train is None,
-        "class_names": own["train"].dataset.class_names,
-        "category_ids": own["train"].dataset.category_ids,
+        "embedded": config.is_embedded,
+        "class_names": own["validation"].dataset.class_names,
+        "category_ids": own["validation"].dataset.category_ids,
     }
     num_checked = 0
     own_directory = Path(os.path.abspath(context.directory))
@@ -79,8 +86,17 @@ def data(context: StageContext) -> StageResult:
 
 
 def dataset_of(artifact: Artifact, split: str) -> CocoDataset:
-    """The ``"train"`` or ``"validation"`` set of a data artifact."""
-    described = artifact.manifest.facts[split]
+    """The ``"train"`` or ``"validation"`` set of a data artifact.
+
+    Raises:
+        RecipeError: the run of a model that was trained elsewhere names no such set.
+    """
+    described = artifact.manifest.facts.get(split)
+    if described is None:
+        raise RecipeError(
+            f"this needs images with labels and the run names none: give dataset.{split}=FILE, a COCO annotation file "
+            f"with the classes of the model"
+        )
     return read_coco(artifact.directory / described["annotation_file"], artifact.directory / described["image_dir"])
 
 
@@ -123,7 +139,7 @@ def train_recipe(recipe: Recipe, data_artifact: Artifact, directory: Path) -> Tr
 
 def _check_num_classes(recipe: Recipe, num_classes: int) -> None:
     """The data set decides; a recipe that says something else means another data set."""
-    named = recipe.model if "num_classes" in recipe.model else recipe.model.roi_heads
+    named = class_owner(recipe.model)
     if named.num_classes not in (num_classes, NUM_CLASSES_UNSAID):
         key = "model.num_classes" if named is recipe.model else "model.roi_heads.num_classes"
         raise RecipeError(

@@ -36,7 +36,7 @@ class DatasetConfig:
     train: str | None = None
     """What to train on, see the table."""
     validation: str | None = None
-    """What to evaluate on; same format and classes."""
+    """What to evaluate on; same format and classes. A model that was trained elsewhere needs no ``train`` beside it."""
     train_images: str | None = None
     """Image folder; None: looked for beside the annotation file."""
     validation_images: str | None = None
@@ -56,12 +56,8 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if self.classes is not None:
             object.__setattr__(self, "classes", tuple(self.classes))
-        if (self.train is None) != (self.validation is None):
-            given, missing = ("train", "validation") if self.validation is None else ("validation", "train")
-            raise DatasetError(
-                f"dataset.{given} is set and dataset.{missing} is not: a data set of your own needs both annotation "
-                f"files. Give dataset.{missing}=FILE too, or neither for the embedded data set."
-            )
+        if self.train is not None and self.validation is None:
+            raise incomplete("train", "validation")
         if min(self.num_train, self.num_validation) < 1:
             raise DatasetError(
                 f"dataset.num_train is {self.num_train} and dataset.num_validation {self.num_validation}: expected at "
@@ -69,19 +65,25 @@ class DatasetConfig:
             )
         self._check_format()
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether no data set of one's own is named."""
+        return self.train is None and self.validation is None
+
     def _check_format(self) -> None:
         """Raise :class:`DatasetError` when other fields are given than the format has."""
-        if self.format != "coco" and self.train is None:
+        if self.format != "coco" and self.is_embedded:
             what = "FOLDER:IMAGE_SET" if self.format == "voc" else "FILE.odgt"
             raise DatasetError(
                 f"dataset.format={self.format} and no data set: give dataset.train={what} and "
                 f"dataset.validation={what}, or leave dataset.format out for the embedded data set."
             )
-        if self.format == "coco" and self.train is not None and self.train.endswith(".odgt"):
-            raise DatasetError(
-                f"dataset.train={self.train} is a CrowdHuman file and dataset.format is coco: give "
-                f"dataset.format=crowdhuman."
-            )
+        for key, name in (("train", self.train), ("validation", self.validation)):
+            if self.format == "coco" and name is not None and name.endswith(".odgt"):
+                raise DatasetError(
+                    f"dataset.{key}={name} is a CrowdHuman file and dataset.format is coco: give "
+                    f"dataset.format=crowdhuman."
+                )
         if self.format == "voc" and (self.train_images, self.validation_images) != (None, None):
             raise DatasetError(
                 "dataset.train_images or dataset.validation_images is set and dataset.format is voc, whose images are "
@@ -96,3 +98,11 @@ class DatasetConfig:
             )
         if not self.classes or len(set(self.classes)) < len(self.classes):
             raise DatasetError(f"dataset.classes is {list(self.classes)}: expected one class or more, each once.")
+
+
+def incomplete(given: str, missing: str) -> DatasetError:
+    """One split of a data set is named and the other is not."""
+    return DatasetError(
+        f"dataset.{given} is set and dataset.{missing} is not: a data set of your own needs both annotation "
+        f"files. Give dataset.{missing}=FILE too, or neither for the embedded data set."
+    )

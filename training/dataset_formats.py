@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from training.coco_normalization import read_repairable
 from training.crowdhuman_dataset import read_crowdhuman
-from training.dataset_config import DatasetConfig
+from training.dataset_config import DatasetConfig, incomplete
 from training.own_dataset import OwnDataset
 from training.voc_dataset import read_voc
 
@@ -43,4 +44,18 @@ def own_datasets(config: DatasetConfig) -> dict[str, OwnDataset]:
     Raises:
         DatasetError: anything is missing or wrong; says what, where and what to do.
     """
+    if config.train is None:
+        raise incomplete("validation", "train")
     return FORMATS[config.format](config)
+
+
+def datasets_to_measure_on(config: DatasetConfig) -> dict[str, OwnDataset]:
+    """The same for a model that was trained elsewhere: a training set only where the recipe names one.
+
+    Raises:
+        DatasetError: as :func:`own_datasets`.
+    """
+    if config.train is not None:
+        return own_datasets(config)
+    twice = dataclasses.replace(config, train=config.validation, train_images=config.validation_images)
+    return {"validation": own_datasets(twice)["validation"]}

@@ -25,7 +25,7 @@ from training.weight_formats import Weights, read_weights
 
 _STATISTICS = (".running_mean", ".running_var")
 # Buffers that follow from the architecture, or counters that nothing reads.
-_DERIVED = (".num_batches_tracked", ".relative_position_index", ".relative_coords_table")
+DERIVED = (".num_batches_tracked", ".relative_position_index", ".relative_coords_table")
 _CLASSIFIERS = ("fc.", "fc1000.", "linear.", "pred.", "head.", "norm.", "classifier.")
 REFERENCE_HINT = ", or, for a checkpoint of the LGD reference code, `python -m pipeline student-from-reference` first"
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _plan(student: nn.Module, source: str) -> _Plan:
             f"left at random initialisation, because the checkpoint has {checkpoint_class_count(student, placed)} "
             f"classes and the data set {class_count(student)}: {', '.join(left_out)}"
         )
-    random = [key for key in missing if not key.endswith(_DERIVED + _STATISTICS)]
+    random = [key for key in missing if not key.endswith(DERIVED + _STATISTICS)]
     if random:
         notes.append(f"not in the checkpoint, left at their initialisation: {first_names(random, 8)}")
     return _Plan(
@@ -172,7 +172,7 @@ def _required(student: nn.Module, missing: Iterable[str], placed: Mapping[str, T
     required = []
     for key in missing:
         name = key.removeprefix(prefix)
-        if name == key or key.endswith(_DERIVED):
+        if name == key or key.endswith(DERIVED):
             continue
         if plain and ".conv2_offset." in key:  # weights of the plain network start a deformable one
             continue

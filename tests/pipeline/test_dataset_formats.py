@@ -28,6 +28,7 @@ from pipeline.training_stages import dataset_of
 from tests.training.small_datasets import write_crowdhuman, write_voc_set
 from training.config import TrainingConfig
 from training.dataset import CocoDataset, DatasetError, detectron2_dicts
+from training.dataset_formats import datasets_to_measure_on
 from training.dataset_metrics import dataset_metrics
 from training.distillers import LgdConfig
 from training.evaluate import RESULTS_FILE
@@ -89,6 +90,19 @@ def test_a_wrong_source_stops_the_data_stage(tmp_path: Path) -> None:
     (tmp_path / "VOC2012" / "Annotations" / "000003.xml").unlink()
     with pytest.raises(DatasetError, match=r"000003\.xml: there is no such annotation file"):
         data_artifact(tmp_path, overrides)
+
+
+@pytest.mark.parametrize("write", [voc, crowdhuman])
+def test_a_training_needs_both_sets_and_a_measurement_only_one(tmp_path: Path, write: Write) -> None:
+    overrides = write(tmp_path)
+    both = datasets_to_measure_on(load(RECIPE, overrides).sections["dataset"])
+    alone = [override for override in overrides if not override.startswith("dataset.train=")]
+    config = load(RECIPE, alone).sections["dataset"]
+    with pytest.raises(DatasetError, match=r"dataset\.validation is set and dataset\.train is not"):
+        data_artifact(tmp_path, alone)
+    only = datasets_to_measure_on(config)
+    assert (set(both), set(only)) == ({"train", "validation"}, {"validation"})
+    assert only["validation"].dataset.num_boxes == both["validation"].dataset.num_boxes
 
 
 def test_classes_are_named_on_the_command_line(tmp_path: Path) -> None:

@@ -397,7 +397,7 @@ def test_two_splits_with_other_categories_are_refused(annotation_file: Path, tmp
         check_same_classes(train, read_coco(write(tmp_path / "renamed", content)))
 
 
-@pytest.mark.parametrize("values", [{"train": "a.json"}, {"validation": "a.json"}, {"num_train": 0}])
+@pytest.mark.parametrize("values", [{"train": "a.json"}, {"num_train": 0}])
 def test_half_a_data_set_or_none_is_no_recipe(values: dict[str, Any]) -> None:
     with pytest.raises(DatasetError, match=r"dataset\."):
         DatasetConfig(**values)
