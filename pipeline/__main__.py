@@ -9,7 +9,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
@@ -17,6 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import RecipeError, exit_code_of, message_of
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -52,7 +55,7 @@ def run(
     """Bring a recipe's run up to date: only stages whose inputs changed are rebuilt."""
     from pipeline import recipe as recipes
     from pipeline.run import run_stages
-    from pipeline.stages import STAGES, after_run
+    from pipeline.stages import after_run, stages_of
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise RecipeError(
@@ -61,19 +64,58 @@ def run(
         )
     options = _options(runs, name)
     loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options, launch=launch or None)
-    run_dir = runs / (name or loaded.name)
+    run_dir = _run_dir(loaded, runs, name)
     if not (run_dir / "deploy").is_dir():
         from pipeline.preflight import preflight
 
         preflight(loaded)
-    summary = run_stages(STAGES, loaded, run_dir, from_stage=from_stage, until=until, force=force, console=console)
+    if loaded.folder is not None and overrides:
+        recipes.save(loaded)  # the next command on the folder need not repeat them
+    stages = stages_of(loaded)
+    summary = run_stages(stages, loaded, run_dir, from_stage=from_stage, until=until, force=force, console=console)
     for line in after_run(run_dir, summary):
         console.print(line)
+
+
+def _run_dir(recipe: Recipe, runs: Path, name: str | None) -> Path:
+    return recipe.folder or runs / (name or recipe.name)
 
 
 def _options(runs: Path, name: str | None) -> tuple[str, ...]:
     """The options that say where a run lies, for the commands that reproduce its artifacts."""
     return (*(("--runs", str(runs)) if runs != RUNS else ()), *(("--name", name) if name else ()))
+
+
+@app.command()
+def export(
+    config: Annotated[str, typer.Option("--config", help="A yaml or LazyConfig file, or a name in the model zoo.")],
+    weights: Annotated[Path, typer.Option("--weights", help="The detector's checkpoint, .pth, .pkl or .safetensors.")],
+    out: Annotated[Path, typer.Option("--out", help="The run folder to write, runs/NAME.")],
+    overrides: OverridesArgument = None,
+    force: Annotated[bool, typer.Option("--force", help="Rebuild although nothing changed.")] = False,
+) -> None:
+    """Export a detectron2 model that was trained elsewhere into a run folder, for validate, deploy and benchmark."""
+    from pipeline.own_model import export_own_model
+
+    export_own_model(config, weights, overrides or [], out=out, force=force, console=console)
+
+
+def _until(stage: str) -> None:
+    """A command that runs a recipe, or what ``export`` wrote, as far as ``stage``."""
+
+    def command(
+        recipe: Annotated[str, typer.Argument(help="A folder that `export` wrote, or a recipe's name or file.")],
+        overrides: OverridesArgument = None,
+        runs: RunsOption = RUNS,
+        name: NameOption = None,
+    ) -> None:
+        run(recipe, overrides, until=stage, runs=runs, name=name)
+
+    app.command(stage, help=f"Run the stages up to {stage}.")(command)
+
+
+for _stage in ("validate", "deploy", "benchmark"):
+    _until(_stage)
 
 
 @app.command()
@@ -87,21 +129,25 @@ def status(
 ) -> None:
     """Show how the stages of each run stand."""
     from pipeline import recipe as recipes
-    from pipeline.stages import STAGES
+    from pipeline.stages import STAGES, stages_in
     from pipeline.status import status as status_of
 
     loaded = recipes.load(recipe, overrides or []) if recipe else None
-    wanted = name or (loaded.name if loaded else None)
     folders = (
-        [runs / wanted]
-        if wanted
+        [_run_dir(loaded, runs, name) if loaded else runs / str(name)]
+        if loaded or name
         else sorted(path for path in runs.glob("*") if path.is_dir() and path.name != "compare")
     )
     if not folders:
         console.print(f"no runs in {runs}; `python -m pipeline run embedded` makes one")
     for folder in folders:
         table = Table("stage", "state", "seconds", "MB", "why", title=str(folder), title_justify="left")
-        for stage in status_of(folder, STAGES, loaded):
+        found = {stage.stage: stage for stage in status_of(folder, stages_in(folder), loaded)}
+        for each in STAGES:
+            stage = found.get(each.name)
+            if stage is None:
+                table.add_row(each.name, "not run", "", "", "trained elsewhere")
+                continue
             seconds = f"{stage.manifest.seconds:.1f}" if stage.manifest else ""
             table.add_row(stage.stage, stage.state, seconds, f"{stage.size_bytes / 1e6:.1f}", stage.reason)
         console.print(table)
@@ -118,14 +164,14 @@ def report(
     from pipeline import recipe as recipes
     from pipeline.errors import ArtifactError, GateFailed
     from pipeline.run import run_stages
-    from pipeline.stages import STAGES, report_paths
+    from pipeline.stages import report_paths, stages_of
 
     loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
-    run_dir = runs / (name or loaded.name)
-    if not any((run_dir / stage.name).is_dir() for stage in STAGES):
+    run_dir, stages = _run_dir(loaded, runs, name), stages_of(loaded)
+    if not any((run_dir / stage.name).is_dir() for stage in stages):
         raise ArtifactError(f"artifact missing: {run_dir} holds no artifact to report on; run the recipe first")
     try:
-        run_stages(STAGES, loaded, run_dir, from_stage="report", force=True, console=console)
+        run_stages(stages, loaded, run_dir, from_stage="report", force=True, console=console)
     except GateFailed as failure:
         console.print(message_of(failure))  # the report says so too; writing it succeeded
     for path in report_paths(run_dir):

@@ -21,12 +21,15 @@ from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
 from export.signature import DetectorSignature
 from export.targets.onnx_target import export_onnx
 from export.targets.tensorrt_target import EngineUnavailable, build_engine
+from export.unsupported_layer import unsupported_layer_named
 from pipeline.accuracy import ON_CANVAS, REFERENCE, Ladder, canvases_of, detections_of, detectron2_on_canvas
 from pipeline.artifact import digest
 from pipeline.other_canvases import ONNX_MODEL, add_other_canvases, canvas_name, export_other_canvases
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
+from serving.preprocessing import canvas_from_image
 from training.checkpoint import load_student
+from training.embedded_sources import photo, photos
 from training.evaluate import resolve_device
 
 ENGINE = "model.plan"
@@ -34,7 +37,7 @@ PARITY_FILE = "parity.json"
 GRAPH = "torch, export graph"
 ONNX_RUNTIME = "ONNX Runtime"
 TENSORRT = "TensorRT"
-NUM_FIRST_IMAGES = 5
+NUM_PROBE_CANVASES = 5
 NUM_HEAD_IMAGES = 4
 
 
@@ -52,14 +55,14 @@ def export(context: StageContext) -> StageResult:
         max_batch_size=config.max_batch_size,
     )
     path = context.directory / ONNX_MODEL
-    onnx_facts = export_onnx(
-        detector_graph(student, signature, config.nms), signature, path, ends_at_candidates=config.nms == "outside"
-    )
+    graph = detector_graph(student, signature, config.nms)
+    with unsupported_layer_named(graph, signature):
+        onnx_facts = export_onnx(graph, signature, path, ends_at_candidates=config.nms == "outside")
     signature.write(context.directory)
     others = export_other_canvases(student, signature, config, context.directory)
     removed = set(json.loads(context.inputs["strip"].path(REMOVED_TENSORS_FILE).read_text()))
     num_teacher = sum(len(removed & initializer_digests(model)) for model in (path, *others.values()))
-    canvases = _first_canvases(context, signature)
+    canvases = _probe_canvases(context, signature)
     with OnnxRuntimeRunner(path, signature) as runner:
         invariance = batch_invariance(runner, canvases, score_floor=signature.score_threshold)
     gates = [
@@ -68,7 +71,7 @@ def export(context: StageContext) -> StageResult:
     ]
     for other, model in others.items():
         with OnnxRuntimeRunner(model, other) as runner:
-            found = batch_invariance(runner, _first_canvases(context, other), score_floor=other.score_threshold)
+            found = batch_invariance(runner, _probe_canvases(context, other), score_floor=other.score_threshold)
         gates.append(batch_gate(canvas_name(other), found))
     facts = {
         **dataclasses.asdict(onnx_facts),
@@ -79,10 +82,13 @@ def export(context: StageContext) -> StageResult:
     return StageResult(facts=facts, gates=gates)
 
 
-def _first_canvases(context: StageContext, signature: DetectorSignature) -> list[np.ndarray]:
-    """The first validation images on a canvas."""
-    dataset = dataset_of(context.inputs["data"], "validation")
-    return [canvas for _, canvas, _ in canvases_of(dataset, signature, NUM_FIRST_IMAGES)]
+def _probe_canvases(context: StageContext, signature: DetectorSignature) -> list[np.ndarray]:
+    """The first validation images; photos of the embedded data set where the run has no images."""
+    data = context.inputs["data"]
+    if "validation" in data.manifest.facts:
+        return [canvas for _, canvas, _ in canvases_of(dataset_of(data, "validation"), signature, NUM_PROBE_CANVASES)]
+    pictures = [np.asarray(photo(path)) for path in photos("validation")[:NUM_PROBE_CANVASES]]
+    return [canvas_from_image(picture, signature)[0] for picture in pictures]
 
 
 def loaded_student(context: StageContext) -> nn.Module:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
-from export.detector_graph import detector_graph, signature_of
+from export.config import ExportConfig
+from export.detector_graph import check_supported, detector_graph, signature_of
 from pipeline.endpoint import check_server, check_serves_nms
 from pipeline.errors import RecipeError
 from pipeline.other_canvases import other_signatures
@@ -13,6 +16,8 @@ from pipeline.recipe import Recipe
 from training.acceleration import check_compiler, check_precision
 from training.config import TrainingConfig
 from training.evaluate import resolve_device
+from training.head_classes import class_count
+from training.imported_checkpoint import ImportConfig
 from training.initial_weights import check_initial_weights
 from training.launch import check_launch, check_processes, parse_launch
 from training.schedule import DistillationSchedule
@@ -36,27 +41,41 @@ def preflight(recipe: Recipe) -> None:
         DeviceUnavailable, CompilerMissing, TrackerMissing: the machine lacks what the training section asks for.
         ServerError: this machine lacks something that the server needs.
     """
-    config: TrainingConfig = recipe.sections["training"]
-    check_schedule(recipe.sections["distiller"].schedule(), config)
-    check_machine(config, recipe.launch)
-    student = _built(recipe).eval()
-    distilled_detector(student, recipe.sections["distiller"])
-    if config.init_checkpoint is not None:
-        check_initial_weights(student, config.init_checkpoint)
-    export = recipe.sections["export"]
-    signature = signature_of(
-        student,
-        canvas=export.canvas,
-        short_edge=export.short_edge_pixels,
-        max_edge=export.max_edge_pixels,
-        class_names=[str(i) for i in range(NUM_CLASSES)],
-        category_ids=range(NUM_CLASSES),
-        max_batch_size=export.max_batch_size,
-    )
-    for each in (signature, *other_signatures(signature, export)):
-        detector_graph(student, each, export.nms)
-    check_serves_nms(export.nms, recipe.sections["serving"])
+    config: TrainingConfig | ImportConfig = recipe.sections["training"]
+    if isinstance(config, ImportConfig):
+        resolve_device(config.device)
+        student = built(recipe.model, NUM_CLASSES, f"recipe {recipe.path}").eval()
+    else:
+        check_schedule(recipe.sections["distiller"].schedule(), config)
+        check_machine(config, recipe.launch)
+        student = built(recipe.model, NUM_CLASSES, f"recipe {recipe.path}").eval()
+        distilled_detector(student, recipe.sections["distiller"])
+        if config.init_checkpoint is not None:
+            check_initial_weights(student, config.init_checkpoint)
+    check_exportable(student, recipe.sections["export"])
+    check_serves_nms(recipe.sections["export"].nms, recipe.sections["serving"])
     check_server(recipe.sections["serving"])
+
+
+def check_exportable(detector: nn.Module, config: ExportConfig) -> None:
+    """Refuse a detector that has no export graph on one of the canvases.
+
+    Raises:
+        UnsupportedDetector: names the part and what is supported.
+    """
+    check_supported(detector)
+    num_classes = class_count(detector)
+    signature = signature_of(
+        detector,
+        canvas=config.canvas,
+        short_edge=config.short_edge_pixels,
+        max_edge=config.max_edge_pixels,
+        class_names=[str(i) for i in range(num_classes)],
+        category_ids=range(num_classes),
+        max_batch_size=config.max_batch_size,
+    )
+    for each in (signature, *other_signatures(signature, config)):
+        detector_graph(detector, each, config.nms)
 
 
 def check_schedule(schedule: DistillationSchedule, config: TrainingConfig) -> None:
@@ -97,13 +116,15 @@ def check_machine(config: TrainingConfig, launch: str | None) -> None:
         check_compiler(device)
 
 
-def _built(recipe: Recipe) -> nn.Module:
-    """The recipe's student, or an error that says which part of the model could not be built."""
+def built(model: Any, num_classes: int, named: str) -> nn.Module:
+    """A stock detector of a lazy tree with random weights; ``named`` is what messages call where it stands.
+
+    Raises:
+        RecipeError: says which part of the model could not be built.
+    """
     try:
-        return build_student(recipe.model, NUM_CLASSES)
+        return build_student(model, num_classes)
     except Exception as error:
         if isinstance(getattr(type(error), "exit_code", None), int):
             raise
-        raise RecipeError(
-            f"recipe {recipe.path}: its model cannot be built: {type(error).__name__}: {one_line(error)}"
-        ) from error
+        raise RecipeError(f"{named}: its model cannot be built: {type(error).__name__}: {one_line(error)}") from error

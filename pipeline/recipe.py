@@ -1,5 +1,8 @@
 """Recipes: load a detectron2 LazyConfig file, apply overrides, refuse what is misspelt or of a wrong type.
 
+The run folder of a model that was trained elsewhere holds its own recipe, ``own_model.yaml``, and is loaded by its
+path.
+
 A recipe has exactly the sections in ``SECTIONS``. ``model`` is detectron2's own lazy tree; the others are lazy calls of
 frozen dataclasses. Nothing heavy is imported before :func:`load` is called.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import importlib
+import os
 import re
 import shlex
 import traceback
@@ -21,6 +25,7 @@ from pipeline.overrides import SECTIONS, apply_overrides, located, one_line, sug
 from pipeline.typed import convert
 
 RECIPES_DIR = Path(__file__).resolve().parent / "recipes"
+FOLDER_RECIPE = "own_model.yaml"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,11 @@ class Recipe:
     sections: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     resolved: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def folder(self) -> Path | None:
+        """The run folder that the recipe lies in; None for a recipe that is run into ``runs/<name>``."""
+        return self.path.parent if self.path.name == FOLDER_RECIPE else None
+
     def section_json(self, name: str) -> Any:
         """The resolved section as plain JSON, for fingerprints and the report."""
         return self.resolved[name]
@@ -54,7 +64,7 @@ class Recipe:
     @property
     def command(self) -> str:
         """The command line that runs this recipe."""
-        given = self.name if self.path.parent == RECIPES_DIR else str(self.path)
+        given = self.name if self.path.parent == RECIPES_DIR else str(self.folder or self.path)
         launch = () if self.launch is None else ("--launch", self.launch)
         return shlex.join(["python", "-m", "pipeline", "run", given, *self.overrides, *self.options, *launch])
 
@@ -68,23 +78,32 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load a recipe.
 
     Args:
-        path_or_name: a file, or the name of one in ``pipeline/recipes``.
+        path_or_name: a file, the name of one in ``pipeline/recipes``, or a run folder with a recipe of its own.
         overrides: see :func:`pipeline.overrides.apply_overrides`.
 
     Raises:
         RecipeError: anything in the file or an override is wrong.
     """
     path = _find(str(path_or_name))
-    config = _execute(path)
+    config = executed(path, "recipe")
     _check_sections(path, config)
     apply_overrides(config, overrides)
+    return from_sections(config, path, overrides)
+
+
+def from_sections(config: Any, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of these sections, every value checked; ``overrides`` are already applied.
+
+    Raises:
+        RecipeError: names the key.
+    """
     sections = {name: _instantiated(path, name, config) for name in SECTIONS if name != "model"}
     resolved = {
         name: {"_target_": _dotted(type(section)), **_json(section, name)} for name, section in sections.items()
     }
     resolved["model"] = _json(_container(path, config, "model"), "model")
     return Recipe(
-        name=path.stem,
+        name=path.parent.name if path.name == FOLDER_RECIPE else path.stem,
         path=path,
         overrides=tuple(overrides),
         model=config["model"],
@@ -93,19 +112,49 @@ def load(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     )
 
 
+def save(recipe: Recipe) -> None:
+    """Write a recipe that lies in a run folder to its file, overrides included; the file is whole or the one before.
+
+    Raises:
+        RecipeError: its model cannot be written.
+    """
+    from detectron2.config import LazyConfig
+    from omegaconf import OmegaConf
+
+    content = {"model": recipe.model, **{name: recipe.resolved[name] for name in SECTIONS if name != "model"}}
+    partial = recipe.path.with_name(f"partial-{recipe.path.name}")
+    try:
+        LazyConfig.save(OmegaConf.create(content, flags={"allow_objects": True}), str(partial))
+        if (pickled := partial.with_name(f"{partial.name}.pkl")).exists():  # what detectron2 does when YAML cannot
+            pickled.unlink()
+            raise RecipeError("the model holds what YAML cannot, such as a lambda; use something that can be imported")
+        os.replace(partial, recipe.path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def _find(path_or_name: str) -> Path:
+    if path_or_name in available():
+        return RECIPES_DIR / f"{path_or_name}.py"
+    path = Path(path_or_name).absolute()
+    if (path / FOLDER_RECIPE).is_file():
+        return path / FOLDER_RECIPE
     if path_or_name.endswith(".py") or "/" in path_or_name:
-        path = Path(path_or_name).absolute()
         if not path.is_file():
-            raise RecipeError(f"no recipe file {path}; give an existing file or one of {', '.join(available())}")
+            raise RecipeError(
+                f"no recipe file {path}; give an existing file, a folder that `export` wrote, or one of "
+                f"{', '.join(available())}"
+            )
         return path
-    if path_or_name not in available():
-        raise RecipeError(f"no recipe {path_or_name!r}{suggestion(path_or_name, available())}")
-    return RECIPES_DIR / f"{path_or_name}.py"
+    raise RecipeError(f"no recipe {path_or_name!r}{suggestion(path_or_name, available())}")
 
 
-def _execute(path: Path) -> Any:
-    """Run the recipe file and collect its sections."""
+def executed(path: Path, kind: str) -> Any:
+    """Load a LazyConfig file; ``kind`` is what messages call it.
+
+    Raises:
+        RecipeError: it cannot be executed or parsed; names the line.
+    """
     from detectron2.config import LazyConfig
 
     original_import = builtins.__import__
@@ -116,7 +165,7 @@ def _execute(path: Path) -> Any:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = cause.lineno if isinstance(cause, SyntaxError) else frames[-1].lineno if frames else 1
         what = cause.msg if isinstance(cause, SyntaxError) else cause
-        message = f"recipe {path}, line {line}: {type(cause).__name__}: {one_line(what)}{_valid_parts(cause)}"
+        message = f"{kind} {path}, line {line}: {type(cause).__name__}: {one_line(what)}{_valid_parts(cause)}"
         raise RecipeError(message) from error
     finally:
         builtins.__import__ = original_import  # LazyConfig leaves its own in place when the file raises

@@ -216,6 +216,8 @@ class _Walk:
             (self.run_dir / FAILURE_FILE).unlink(missing_ok=True)
         gates = [Gate(**gate) for gate in artifact.manifest.failed_gates]
         verdict = f", {len(gates)} failed gate{'s' if len(gates) > 1 else ''}" if gates else ""
+        if artifact.manifest.facts.get("status") == "not run":
+            verdict = f", not run: {artifact.manifest.facts.get('reason')}"
         self._say(f"{stage.name}: {state}, {artifact.manifest.size_bytes / 1e6:.1f} MB, {seconds:.1f} s{verdict}")
         return GateFailed(stage.name, gates) if gates else None
 

@@ -5,12 +5,13 @@ The functions are imported when a stage runs, so that asking for a run's status 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.artifact import digest
-from pipeline.recipe import Recipe
+from pipeline.recipe import FOLDER_RECIPE, Recipe
 from pipeline.run import RunSummary
 from pipeline.stage import Stage, StageContext, StageResult
 
@@ -45,12 +46,15 @@ def _docker(recipe: Recipe) -> Mapping[str, str]:
 
 def _dataset_digests(recipe: Recipe) -> Mapping[str, str]:
     """Digests of the user's own data set; the embedded one follows from the recipe."""
-    if recipe.sections["dataset"].train is None:
-        return {}
-    from training.dataset_formats import own_datasets
+    return _digests(recipe, "own_datasets")
 
+
+def _digests(recipe: Recipe, reader: str) -> Mapping[str, str]:
     config = recipe.sections["dataset"]
-    return {split: own.digest(include_pixels=config.digest_pixels) for split, own in own_datasets(config).items()}
+    if config.is_embedded:
+        return {}
+    splits = getattr(importlib.import_module("training.dataset_formats"), reader)(config)
+    return {split: own.digest(include_pixels=config.digest_pixels) for split, own in splits.items()}
 
 
 STAGES = (
@@ -129,6 +133,40 @@ STAGES = (
         always=True,
     ),
 )
+
+# Of a model that was trained elsewhere: its checkpoint is imported instead of trained and stripped.
+_IMPORTING = {
+    "data": Stage(
+        name="data",
+        version=1,
+        inputs=(),
+        config_sections=("dataset", "training"),
+        external_inputs=lambda recipe: _digests(recipe, "datasets_to_measure_on"),
+        run=_from("import_stages", "data"),
+    ),
+    "strip": Stage(
+        name="strip",
+        version=1,
+        inputs=("data",),
+        config_sections=("model", "training"),
+        run=_from("import_stages", "strip"),
+    ),
+}
+IMPORTED_STAGES = tuple(
+    dataclasses.replace(stage, inputs=tuple(name for name in stage.inputs if name != "train"))
+    for stage in (_IMPORTING.get(stage.name, stage) for stage in STAGES)
+    if stage.name != "train"
+)
+
+
+def stages_in(run_dir: Path) -> tuple[Stage, ...]:
+    """The stages of the run in a folder; only a model that was trained elsewhere has its recipe there."""
+    return IMPORTED_STAGES if (run_dir / FOLDER_RECIPE).is_file() else STAGES
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe's run."""
+    return STAGES if recipe.folder is None else IMPORTED_STAGES
 
 
 def report_paths(run_dir: Path) -> list[Path]:

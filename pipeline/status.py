@@ -23,7 +23,7 @@ class StageStatus:
     """How one stage of a run stands. ``reason`` says why it is not done; the rest comes from the manifest, if any."""
 
     stage: str
-    state: Literal["done", "stale", "failed gate", "damaged", "partial", "missing"]
+    state: Literal["done", "not run", "stale", "failed gate", "damaged", "partial", "missing"]
     reason: str = ""
     size_bytes: int = 0
     manifest: Manifest | None = None
@@ -41,7 +41,7 @@ def status(run_dir: Path, stages: Sequence[Stage], recipe: Recipe | None = None)
         broken = [
             f"{name} is {found[name].state}"
             for name in stage.inputs
-            if not stage.always and found[name].state not in ("done", "failed gate")
+            if not stage.always and found[name].state not in ("done", "not run", "failed gate")
         ]
         inputs = {name: known for name in stage.inputs if (known := found[name].manifest)}
         found[stage.name] = _status_of(run_dir, stage, recipe, inputs, broken, failure)
@@ -80,11 +80,13 @@ def _status_of(
         external = {key: value for key, value in manifest.inputs.items() if key not in (*stage.inputs, FAILURE_KEY)}
     reasons = broken or differences(manifest, identity_of(stage, config, external, inputs, failure))
     failed = [gate["name"] for gate in manifest.failed_gates]
-    state: Literal["done", "stale", "failed gate"] = "stale" if reasons else "failed gate" if failed else "done"
+    state: Literal["done", "not run", "stale", "failed gate"] = "stale" if reasons else "failed gate"
+    if not reasons and not failed:
+        state = "not run" if manifest.facts.get("status") == "not run" else "done"
     return StageStatus(
         stage=stage.name,
         state=state,
-        reason="; ".join(reasons or failed),
+        reason="; ".join(reasons or failed) or str(manifest.facts.get("reason", "") if state == "not run" else ""),
         size_bytes=manifest.size_bytes,
         manifest=manifest,
     )

@@ -112,6 +112,7 @@ def _gates(manifests: Manifests) -> list[dict[str, Any]]:
 
 def _absent(manifests: Manifests, failure: Facts | None, gates: Sequence[Facts]) -> dict[str, str]:
     """Why each stage that did no work did none: it left no manifest, or one that says that it could not run here."""
+    imported = sections.imported_from(manifests)
     stopped_at = [gate["stage"] for gate in gates if gate["status"] == "failed"]
     stopped_at += [failure.get("stage")] if failure else []
     reasons = {}
@@ -120,6 +121,8 @@ def _absent(manifests: Manifests, failure: Facts | None, gates: Sequence[Facts])
             facts = manifests[stage].get("facts") or {}
             if facts.get("status") == NOT_RUN:
                 reasons[stage] = str(facts.get("reason") or "no reason recorded")
+        elif stage == "train" and imported:
+            reasons[stage] = f"trained elsewhere; the model is {imported}"
         elif failure and failure.get("stage") == stage:
             reasons[stage] = f"stopped with {failure.get('type')}: {first_line(failure.get('message'))}"
         else:
@@ -136,6 +139,7 @@ def first_line(message: object) -> str:
 def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, Any]:
     """PASS, FAIL or INCOMPLETE in one sentence, and what was not run with its reason."""
     gates, failure = report["gates"], report["failure"]
+    lacking = [stage for stage in absent if not (stage == "train" and report["strip"]["imported_from"])]
     failed = [gate for gate in gates if gate["status"] == "failed"]
     failed_rows = [row for row in report["accuracy"]["rows"] if row["status"] == "failed"]
     passed = sum(gate["status"] == "passed" for gate in gates)
@@ -152,10 +156,10 @@ def _verdict(report: Mapping[str, Any], absent: Mapping[str, str]) -> dict[str, 
     elif failed_rows:
         word, stage = "FAIL", failed_rows[0]["stage"]
         sentence = f"Accuracy of {failed_rows[0]['name']} failed: {failed_rows[0]['reason'] or 'no reason recorded'}"
-    elif absent:
+    elif lacking:
         word, stage = "INCOMPLETE", None
-        sentence = f"All {passed} gates that ran passed, but {_listed(list(absent))} did not run"
-        reasons = set(absent.values())
+        sentence = f"All {passed} gates that ran passed, but {_listed(lacking)} did not run"
+        reasons = {absent[stage] for stage in lacking}
         sentence += f": {reasons.pop().rstrip('.')}." if len(reasons) == 1 else "."
     else:
         word, stage = "PASS", None

@@ -130,6 +130,9 @@ def difference(value: Any, base: Any) -> float | None:
 def strip(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """What was removed, and the proof that what is left is the student, unchanged."""
     facts, head = section("strip", manifests, absent)
+    imported = imported_from(manifests)
+    if imported:
+        head = {"status": NOT_RUN, "reason": f"trained elsewhere, so there is no teacher; the model is {imported}"}
     exported = (manifests.get("export") or {}).get("facts") or {}
     keys = (
         "num_tensors",
@@ -142,10 +145,17 @@ def strip(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     return {
         **head,
         **pick(facts, keys),
+        "imported_from": imported,
         "num_teacher_initializers": exported.get("num_teacher_initializers"),
         "kept": pick(facts.get("kept"), parts[1:]),
         "removed": [pick(part, parts) for part in facts.get("removed") or []],
     }
+
+
+def imported_from(manifests: Manifests) -> str | None:
+    """The checkpoint of a model that was trained elsewhere; None for one that the run trained."""
+    imported = ((manifests.get("strip") or {}).get("facts") or {}).get("imported_from")
+    return f"{imported['checkpoint']}, sha256 {imported['sha256'][:12]}" if imported else None
 
 
 def onnx_model(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:

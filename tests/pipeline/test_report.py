@@ -234,6 +234,27 @@ def test_an_engine_that_was_not_built_says_why(manifests: Any, run_dir: Path) ->
     assert report["verdict"]["sentence"].endswith("engine did not run: no TensorRT library is installed.")
 
 
+def test_a_model_that_was_trained_elsewhere_passes_and_the_report_says_where_from(
+    manifests: Any, run_dir: Path, tmp_path: Path
+) -> None:
+    del manifests["train"]
+    imported = {"checkpoint": "/models/model_final.pkl", "sha256": "0123456789abcdef"}
+    manifests["strip"]["facts"] = {"imported_from": imported, "num_tensors": 124}
+    report = report_of(run_dir, manifests)
+    assert report["verdict"]["status"] == "PASS"
+    where = "the model is /models/model_final.pkl, sha256 0123456789ab"
+    assert {"what": "stage train", "reason": f"trained elsewhere; {where}"} in report["verdict"]["not_run"]
+    assert report["strip"]["status"] == report["distillation"]["status"] == "not run"
+    page, markdown = written(report, tmp_path)
+    assert where in markdown
+    assert where in read_page(page).text
+
+    manifests["data"]["facts"] = {"status": "not run", "reason": "no data set is named"}
+    verdict = report_of(run_dir, manifests)["verdict"]
+    assert verdict["status"] == "INCOMPLETE"
+    assert verdict["sentence"].endswith("but data did not run: no data set is named.")
+
+
 def without_docker(manifests: dict[str, Any]) -> str:
     """Turns the manifests into those of ``serving.server=container`` without a Docker engine; the value is why."""
     reason = "never executed here: no Docker engine answered (docker is not installed)"
