@@ -38,7 +38,7 @@ def test_what_has_no_graph_is_named_with_what_is_supported(
     assert command_line("export", "--config", name, "--weights", retinanet.weights, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
     assert UNSUPPORTED[name] in error
-    assert "supported families: FCOS, GeneralizedRCNN, LocationDetector, RetinaNet" in error
+    assert "supported families: DistributionRetinaNet, FCOS, GeneralizedRCNN, GflDetector, LocationDetector" in error
     assert not (tmp_path / "run").exists()
 
 
