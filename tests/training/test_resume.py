@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import subprocess
@@ -96,31 +95,34 @@ def test_ten_iterations_end_as_five_and_a_kill_and_five(
 
 
 def test_a_process_that_was_killed_goes_on_bit_for_bit(tmp_path: Path, dataset: CocoDataset) -> None:
-    here = Path(__file__).resolve()
-    script = tmp_path / "training_that_is_killed.py"
-    script.write_text(
-        f"import os, signal, sys; sys.path[:0] = {[str(here.parents[i]) for i in range(3)]}\n"
-        "from pathlib import Path\n"
-        "from training.dataset import read_coco\n"
-        "from training.trainer import Trainer\n"
-        "import tests.training.test_resume as this\n"
-        "from tests.training.training_runs import config, run\n"
-        "step = Trainer.run_step\n"
-        "def dying(trainer):\n"
-        "    if trainer.iter == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    step(trainer)\n"
-        "Trainer.run_step = dying\n"
-        f"dataset = read_coco(Path({str(dataset.annotation_file)!r}))\n"
-        f"run(Path({str(tmp_path / 'twice')!r}), dataset, config(**this.TEN), student=this.retinanet())\n"
-    )
-    (tmp_path / "twice").mkdir()
-    (tmp_path / "once").mkdir()
-    ended = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False, env={**os.environ}
-    )
-    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+    """Every training in a process of its own: what TorchScript has compiled by then must not matter."""
+
+    def trained(name: str, *, dies_at: int | None) -> subprocess.CompletedProcess[str]:
+        here = Path(__file__).resolve()
+        script = tmp_path / "training.py"
+        script.write_text(
+            f"import os, signal, sys; sys.path[:0] = {[str(here.parents[i]) for i in range(3)]}\n"
+            "from pathlib import Path\n"
+            "from training.dataset import read_coco\n"
+            "from training.trainer import Trainer\n"
+            "import tests.training.test_resume as this\n"
+            "from tests.training.training_runs import config, run\n"
+            "step = Trainer.run_step\n"
+            "def dying(trainer):\n"
+            f"    if trainer.iter == {dies_at}: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    step(trainer)\n"
+            "Trainer.run_step = dying\n"
+            f"dataset = read_coco(Path({str(dataset.annotation_file)!r}))\n"
+            f"run(Path({str(tmp_path / name)!r}), dataset, config(**this.TEN), student=this.retinanet())\n"
+        )
+        (tmp_path / name).mkdir(exist_ok=True)
+        return subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+
+    killed = trained("twice", dies_at=7)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     for name in ("once", "twice"):
-        run(tmp_path / name, dataset, config(**TEN), student=retinanet())
+        done = trained(name, dies_at=None)
+        assert done.returncode == 0, done.stderr[-2000:]
     assert differing(final(tmp_path / "once"), final(tmp_path / "twice")) == []
 
 
