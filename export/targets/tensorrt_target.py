@@ -2,12 +2,12 @@
 
 ``tensorrt`` where its libraries are installed, otherwise ``tensorrt_rtx``, which builds real engines on a machine
 without a GPU, for several architectures at once. Strong typing makes the engine's precision the network's own types, so
-the audit reads them from the network before the build; with a GPU the engine inspector confirms it afterwards.
+the audit (:mod:`export.targets.engine_audit`) reads them from the network before the build; with a GPU the engine
+inspector confirms it afterwards.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib
 import os
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.precision_audit import TYPE_OF
 from export.signature import DetectorSignature
+from export.targets.engine_audit import audit_network, inspect_engine, num_float_products
 
-PRECISIONS = ("fp32", "tf32")
-_FLOAT_TYPES = {"FLOAT", "HALF", "BF16", "INT8", "FP8", "INT4", "FP4"}
 TURING = "75"
-_ALLOWED = {"fp32": {"FLOAT"}, "tf32": {"FLOAT"}}  # TF32 is a way to multiply float32, not a type
+FIRST_CAPABILITY = {"bf16": 80, "fp8": 89}
+"""The first architecture that multiplies in a precision; every one has the others."""
 
 
 class EngineUnavailable(RuntimeError):
@@ -34,12 +35,6 @@ class UnsupportedEngine(ValueError):
     """The engine asked for cannot be built: unknown precision or architecture, or a node that TensorRT refuses."""
 
     exit_code = 2
-
-
-class PrecisionMismatch(RuntimeError):
-    """The network's or the engine's layers are not of the precision asked for."""
-
-    exit_code = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,10 +111,10 @@ def build_engine(
     """Build an engine for batches of 1 to ``signature.max_batch_size`` and write its plan.
 
     Args:
-        onnx_path: from :func:`export.targets.onnx_target.export_onnx`.
+        onnx_path: from :func:`export.targets.onnx_target.export_onnx` or :func:`export.precision.write_typed_onnx`.
         plan_path: the file to write; it appears under its name only when it is whole.
         signature: the one beside the ONNX file.
-        precision: one of ``PRECISIONS``.
+        precision: that of the ONNX file, one of :data:`export.precision_audit.TYPE_OF`.
         compute_capabilities: architectures for TensorRT-RTX. TensorRT proper builds for the GPU it runs on. Those that
             the network cannot be built for are left out, unless none remains.
 
@@ -128,20 +123,18 @@ def build_engine(
         PrecisionMismatch: a layer is not of the precision asked for.
         EngineUnavailable: no usable TensorRT, or this one has no NMS layer and the graph asks for it.
     """
-    if precision not in PRECISIONS:
-        raise UnsupportedEngine(
-            f"engine: export.precision is {precision!r}; supported: {', '.join(PRECISIONS)}. An engine has the "
-            "precision of its ONNX file, which is float32."
-        )
+    if precision not in TYPE_OF:
+        raise UnsupportedEngine(f"engine: export.precision is {precision!r}; supported: {', '.join(TYPE_OF)}")
     trt = load_tensorrt()
     logger = quiet_logger(trt)
     start = time.monotonic()
     builder = trt.Builder(logger)
     network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
     _check_nms(trt, network)
-    layers_by_dtype = _audited(network, precision, onnx_path)
-    excluded = _impossible(trt, network, compute_capabilities)
-    remaining = [name for name in compute_capabilities if name not in excluded]
+    layers_by_dtype = audit_network(network, precision, onnx_path)
+    asked = compute_capabilities if hasattr(trt, "ComputeCapability") else [_this_gpu()]
+    excluded = incapable(precision, asked) | _impossible(trt, network, asked)
+    remaining = [name for name in asked if name not in excluded]
     if excluded and not remaining:
         raise UnsupportedEngine(f"engine: nothing to build for: {'; '.join(excluded.values())}")
     config, built_for = _configured(trt, builder, signature, precision, remaining)
@@ -163,7 +156,7 @@ def build_engine(
         layers_by_dtype=layers_by_dtype,
         size_bytes=plan_path.stat().st_size,
         seconds=time.monotonic() - start,
-        inspector=_inspected(trt, logger, plan, precision),
+        inspector=inspect_engine(trt, logger, plan, precision),
         warnings=tuple(logger.messages),
     )
 
@@ -190,23 +183,21 @@ def _check_nms(trt: Any, network: Any) -> None:
         )
 
 
-def _audited(network: Any, precision: str, onnx_path: Path) -> dict[str, int]:
-    """Count the layer outputs of each type; raise unless every float type is one the precision allows."""
-    types: collections.Counter[str] = collections.Counter()
-    offenders = []
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        for output in range(layer.num_outputs):
-            name = layer.get_output_type(output).name
-            types[name] += 1
-            if name in _FLOAT_TYPES - _ALLOWED[precision]:
-                offenders.append(f"{layer.name!r} ({name})")
-    if offenders:
-        raise PrecisionMismatch(
-            f"engine: {precision} was asked for, but {len(offenders)} of {network.num_layers} layers of {onnx_path} "
-            f"are not: {', '.join(offenders[:5])}. Strongly typed, the engine would run them as they are; export again."
-        )
-    return dict(types.most_common())
+def incapable(precision: str, compute_capabilities: Sequence[str]) -> dict[str, str]:
+    """The architectures that do not multiply in the precision, with the reason."""
+    first = FIRST_CAPABILITY.get(precision, 0)
+    return {
+        name: f"compute capability {name} has no {precision}, which begins with {first}"
+        for name in compute_capabilities
+        if name.isdigit() and int(name) < first
+    }
+
+
+def _this_gpu() -> str:
+    """The compute capability that TensorRT proper builds for, "90" for 9.0."""
+    import torch
+
+    return "".join(map(str, torch.cuda.get_device_capability()))
 
 
 def _impossible(trt: Any, network: Any, compute_capabilities: Sequence[str]) -> dict[str, str]:
@@ -215,9 +206,10 @@ def _impossible(trt: Any, network: Any, compute_capabilities: Sequence[str]) -> 
     Turing multiplies float32 matrices in convolutions only: TensorRT-RTX refuses the fully connected layers of a
     two-stage detector there, after having compiled for every other architecture.
     """
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    num_products = sum(layer.type == trt.LayerType.MATRIX_MULTIPLY for layer in layers)
-    if trt.__name__ != "tensorrt_rtx" or not num_products or TURING not in compute_capabilities:
+    if trt.__name__ != "tensorrt_rtx" or TURING not in compute_capabilities:
+        return {}
+    num_products = num_float_products(network, trt.LayerType.MATRIX_MULTIPLY)
+    if not num_products:
         return {}
     return {
         TURING: f"{trt.__name__} has no float32 matrix product for compute capability {TURING} (Turing), and the "
@@ -258,20 +250,3 @@ def _set_compute_capabilities(trt: Any, config: Any, compute_capabilities: Seque
     for index, name in enumerate(compute_capabilities):
         config.set_compute_capability(known[name], index)
     return tuple(compute_capabilities)
-
-
-def _inspected(trt: Any, logger: Any, plan: Any, precision: str) -> str:
-    """Ask the engine inspector for the types the engine really uses; needs a GPU that can load the plan."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "not run: no NVIDIA GPU"
-    engine = trt.Runtime(logger).deserialize_cuda_engine(plan)
-    if engine is None:
-        return f"not run: the engine does not load on this GPU ({torch.cuda.get_device_name()})"
-    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    wrong = ("Half", "BFloat16", "BF16", "FP16", "Int8", "FP8")
-    found = [name for name in wrong if f'"{name}' in text]
-    if found:
-        raise PrecisionMismatch(f"engine: {precision} was asked for, but the engine inspector finds {', '.join(found)}")
-    return f"{precision} confirmed: no {', '.join(wrong)} tensor in the engine"
