@@ -6,6 +6,8 @@ import dataclasses
 from typing import Literal
 
 NmsChoice = Literal["portable", "onnx", "outside"]
+AS_EXPORTED = ("fp32", "tf32")
+"""The precisions whose ONNX file is the exported one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,10 @@ class ExportConfig:
             operators that every target has. "onnx": in the graph, as the operator ``NonMaxSuppression``, which
             TensorRT-RTX lacks. "outside": the model ends at the candidates, and runners and this project's Python
             backend do the rest; Triton's own backends cannot serve it.
-        precision: of the engine (:data:`export.targets.tensorrt_target.PRECISIONS`).
+        precision: of backbone, pyramid and heads; decoding and NMS are always float32. "fp32" and "tf32" (another way
+            to multiply float32 on GPUs) take the exported file as it is; "fp16", "bf16", "int8" and "fp8" are written
+            into it by NVIDIA ModelOpt (`make setup-precision`).
+        num_calibration_images: training images that int8 and fp8 are calibrated on, spread over the set.
         compute_capabilities: GPU architectures to build the engine for, "75" is Turing (T4), "80" A100, "86" A10,
             "89" L4, "120" Blackwell RTX. TensorRT proper builds for the GPU it runs on.
     """
@@ -33,7 +38,8 @@ class ExportConfig:
     canvases: tuple[tuple[int, int], ...] = ()
     max_batch_size: int = 8
     nms: NmsChoice = "portable"
-    precision: Literal["fp32", "tf32"] = "fp32"
+    precision: Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"] = "fp32"
+    num_calibration_images: int = 512
     compute_capabilities: tuple[str, ...] = ("75", "80", "86", "89", "120")
 
     def __post_init__(self) -> None:
@@ -58,5 +64,6 @@ class ExportConfig:
                 f"export.short_edge_pixels is {self.short_edge_pixels} and export.max_edge_pixels "
                 f"{self.max_edge_pixels}, expected 1 <= short edge <= max edge"
             )
-        if self.max_batch_size < 1:
-            raise ValueError(f"export.max_batch_size is {self.max_batch_size}, expected at least 1")
+        for name in ("max_batch_size", "num_calibration_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"export.{name} is {getattr(self, name)}, expected at least 1")

@@ -87,6 +87,7 @@ class OnnxRuntimeRunner(Runner):
         num_threads: int | None = None,
         allow_spinning: bool = True,
         providers: Sequence[str] | None = None,
+        optimize: bool = True,
     ) -> None:
         """Load the file.
 
@@ -96,12 +97,15 @@ class OnnxRuntimeRunner(Runner):
             num_threads: of one operator; None lets ONNX Runtime take every core.
             allow_spinning: whether idle threads spin; off where others share the cores.
             providers: ONNX Runtime's execution providers; None takes CUDA when it is usable, and the CPU.
+            optimize: whether ONNX Runtime may rewrite the graph; False runs it node by node, as it is written.
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(allow_spinning)))
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
+        if not optimize:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.signature = signature
         self._session = onnxruntime.InferenceSession(
             str(onnx_path), options, providers=usable_providers() if providers is None else list(providers)

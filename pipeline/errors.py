@@ -30,6 +30,8 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.backbones.weight_file.WeightsUnusable      2   pretrained weights are missing or of another network
     export.detector_graph.UnsupportedDetector           2   the detector has no export graph
     export.targets.tensorrt_target.UnsupportedEngine    2   the recipe asks for an engine that cannot be built
+    export.precision.ModelOptMissing                    4   NVIDIA ModelOpt, which makes the precision, is not installed
+    export.precision.TooFewCalibrationImages            2   the training set is smaller than the calibration asked for
     export.precision_audit.PrecisionMismatch            3   layers do not have the precision asked for
     export.targets.tensorrt_target.EngineUnavailable    4   no TensorRT, no GPU, or no engine for this GPU
     serving.preprocessing.ImageError                    2   an image cannot be read or is gigantic

@@ -96,7 +96,7 @@ def _exported(graph: DetectorGraph, signature: DetectorSignature, output_names: 
     batch = torch.export.Dim("batch", min=1, max=max(signature.max_batch_size, 2))
     device = next(graph.buffers()).device
     images = torch.zeros(2, *signature.image_shape, dtype=torch.uint8, device=device)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         head_tensors = graph.eval().with_head_tensors(images)[1]
         program = torch.onnx.export(
             _WithHeadTensors(graph).eval(),
@@ -151,8 +151,8 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter's progress, warnings and log lines; exceptions pass."""
+def quiet() -> Iterator[None]:
+    """Silence a library's progress, warnings and log lines; exceptions pass."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -31,6 +31,7 @@ def test_more_canvases_come_as_lists_of_lists() -> None:
         ({"canvas": (0, 256)}, r"export\.canvas"),
         ({"short_edge_pixels": 400}, "1 <= short edge <= max edge"),
         ({"max_batch_size": 0}, "expected at least 1"),
+        ({"num_calibration_images": 0}, r"export\.num_calibration_images is 0, expected at least 1"),
     ],
 )
 def test_nonsense_is_refused_by_name(values: dict[str, object], message: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,13 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from export.targets.tensorrt_target import (
-    PrecisionMismatch,
-    UnsupportedEngine,
-    build_engine,
-    load_tensorrt,
-)
-from tests.export.conftest import Exported
+from export import precision as conversion
+from export.precision_audit import PrecisionMismatch
+from export.targets.engine_audit import audit_network, confirmed
+from export.targets.tensorrt_target import UnsupportedEngine, build_engine, incapable, load_tensorrt
+from tests.export.conftest import Exported, canvases
+
+STAND_IN = Path(__file__).parents[1] / "stand_in"
 
 pytestmark = pytest.mark.skipif(
     not hasattr(load_tensorrt(), "ComputeCapability"), reason="TensorRT proper builds only for the GPU it runs on"
@@ -37,11 +38,95 @@ def test_a_real_engine_for_two_architectures_builds_from_the_onnx_file_without_a
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_precision_that_cannot_be_built_is_refused_with_those_that_can(exported: Exported, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedEngine, match=r"'fp16'; supported: fp32, tf32") as error:
-        build_engine(exported.path, tmp_path / "model.plan", exported.signature, precision="fp16")
+def test_an_unknown_precision_is_refused_with_those_that_there_are(exported: Exported, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedEngine, match=r"'fp17'; supported: fp32, tf32, fp16, bf16, int8, fp8") as error:
+        build_engine(exported.path, tmp_path / "model.plan", exported.signature, precision="fp17")
     assert error.value.exit_code == 2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def converted(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The exported file in another precision, each made once by what stands in for ModelOpt."""
+    folder = tmp_path_factory.mktemp("converted")
+    images = np.stack(canvases(*exported.signature.image_shape[1:], 4))
+
+    def path_of(precision: str) -> Path:
+        path = folder / f"{precision}.onnx"
+        if not path.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(conversion, "MODELOPT", STAND_IN)
+                conversion.write_typed_onnx(exported.path, path, precision, images)
+        return path
+
+    return path_of
+
+
+@pytest.mark.parametrize(
+    ("precision", "types"), [("fp16", {"HALF", "FLOAT"}), ("int8", {"INT8", "FLOAT"}), ("tf32", {"FLOAT"})]
+)
+def test_a_real_engine_has_the_precision_asked_for(
+    exported: Exported, converted: Callable[[str], Path], tmp_path: Path, precision: str, types: set[str]
+) -> None:
+    path = exported.path if precision == "tf32" else converted(precision)
+    plan = tmp_path / "model.plan"
+    facts = build_engine(path, plan, exported.signature, precision=precision, compute_capabilities=("75",))
+    assert facts.precision == precision
+    assert set(facts.layers_by_dtype) & {"FLOAT", "HALF", "BF16", "INT8", "FP8"} == types
+    assert facts.size_bytes == plan.stat().st_size > 100_000
+
+
+@pytest.mark.parametrize(
+    ("precision", "asked"), [("fp16", "int8"), ("int8", "fp16"), ("fp16", "fp32"), ("int8", "tf32")]
+)
+def test_a_file_of_another_precision_than_asked_for_is_no_engine(
+    exported: Exported, converted: Callable[[str], Path], tmp_path: Path, precision: str, asked: str
+) -> None:
+    with pytest.raises(PrecisionMismatch, match=f"{asked} was asked for"):
+        build_engine(converted(precision), tmp_path / "model.plan", exported.signature, precision=asked)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("asked", ["fp16", "bf16", "int8", "fp8"])
+def test_a_float32_file_does_not_become_an_engine_of_less(exported: Exported, tmp_path: Path, asked: str) -> None:
+    with pytest.raises(PrecisionMismatch, match=rf"{asked} was asked for, but 0 % of the multiplications"):
+        build_engine(exported.path, tmp_path / "model.plan", exported.signature, precision=asked)
+
+
+def test_a_network_whose_layers_have_other_types_than_the_file_says_is_named(
+    exported: Exported, converted: Callable[[str], Path]
+) -> None:
+    trt = load_tensorrt()
+    for precision in ("fp16", "int8"):
+        builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
+        network = builder.create_network(0)
+        assert trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR)).parse(converted(precision).read_bytes())
+        assert audit_network(network, precision, converted(precision))
+        with pytest.raises(PrecisionMismatch, match=r"'node_Conv_\d+' \((HALF|INT8), in the file FLOAT\)"):
+            audit_network(network, precision, exported.path)
+
+
+@pytest.mark.parametrize(
+    ("precision", "without", "left"), [("bf16", "75", "80"), ("fp8", "86", "89"), ("fp8", "75", "120")]
+)
+def test_an_architecture_without_the_precision_is_left_out_with_the_reason(
+    precision: str, without: str, left: str
+) -> None:
+    excluded = incapable(precision, (without, left))
+    assert list(excluded) == [without]
+    assert f"{without} has no {precision}" in excluded[without]
+    assert not incapable("fp16", (without, left)) | incapable("int8", (without, left))
+
+
+def test_the_inspectors_words_confirm_or_refuse_a_precision() -> None:
+    half = '{"Layers": [{"Name": "x_cast_to_fp16", "Format/Datatype": "Row major linear %s"}, {"Datatype": "FP32"}]}'
+    assert confirmed(half % "FP16", "fp16").startswith("fp16 confirmed")
+    assert confirmed(half % "FP32", "fp32").startswith("fp32 confirmed")
+    assert confirmed('{"Layers": ["x_cast_to_fp16"]}', "fp16").startswith("not confirmed")
+    with pytest.raises(PrecisionMismatch, match=r"fp16 was asked for, .* finds no tensor of it"):
+        confirmed(half % "FP32", "fp16")
+    with pytest.raises(PrecisionMismatch, match=r"fp32 was asked for, .* finds INT8"):
+        confirmed(half % "Int8", "fp32")
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones(exported: Exported, tmp_path: Path) -> None:
