@@ -18,18 +18,21 @@ INSTALLED := $(VENV)/installed
 PIP := $(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --require-hashes
 RUN := $(BIN)/python -m pipeline run $(RECIPE) $(SET) $(if $(NAME),--name $(NAME)) \
 	$(if $(LAUNCH),--launch '$(LAUNCH)')
-STAGES := data train strip export engine validate deploy benchmark
+STAGES := data train strip export precision engine validate deploy benchmark
+# NVIDIA ModelOpt, which makes these precisions, is installed when SET asks for one.
+MODELOPT := .modelopt
+CONVERTED := $(if $(filter $(addprefix export.precision=,fp16 bf16 int8 fp8),$(SET)),$(MODELOPT)/installed)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup train-export-deploy $(STAGES) report status serve detect test conformance lint golden lock clean
+.PHONY: help setup setup-precision train-export-deploy $(STAGES) report status serve detect test conformance lint golden lock clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) ## Create .venv and install the pinned dependencies; every target that needs it does so.
 
-$(INSTALLED): requirements/check_system.py $(wildcard requirements/*.txt)
+$(INSTALLED): requirements/check_system.py $(filter-out requirements/precision.txt,$(wildcard requirements/*.txt))
 	@$(PYTHON) requirements/check_system.py
 	@echo "installing the pinned dependencies into $(VENV): about 6 GB, some minutes"
 	@$(PYTHON) -m venv $(VENV)
@@ -40,18 +43,27 @@ $(INSTALLED): requirements/check_system.py $(wildcard requirements/*.txt)
 		-r requirements/detectron2.txt
 	@touch $@
 
-train-export-deploy: $(INSTALLED) ## Everything: train, strip, export, prove, deploy, benchmark, report. Only what changed runs.
+setup-precision: $(MODELOPT)/installed ## Install NVIDIA ModelOpt (0.2 GB), for fp16, bf16, int8 and fp8; a SET that asks for one does so.
+
+$(MODELOPT)/installed: requirements/precision.txt | $(INSTALLED)
+	@echo "installing NVIDIA ModelOpt into $(MODELOPT): 0.2 GB"
+	@rm -rf $(MODELOPT)
+	@$(PIP) --no-deps --target $(MODELOPT) -r requirements/precision.txt
+	@touch $@
+
+train-export-deploy: $(INSTALLED) $(CONVERTED) ## Everything: train, strip, export, prove, deploy, benchmark, report. Only what changed runs.
 	@$(RUN) $(ARGS)
 
 data: $(INSTALLED) ## Generate the embedded data set, or check your own.
 train: $(INSTALLED) ## Train the student with its distiller; goes on from the last checkpoint.
 strip: $(INSTALLED) ## Drop the teacher and prove that nothing of it is left.
 export: $(INSTALLED) ## Write the ONNX model and its signature.
+precision: $(INSTALLED) ## Convert the ONNX model to export.precision, where that is not float32.
 engine: $(INSTALLED) ## Build the TensorRT engine.
 validate: $(INSTALLED) ## Measure AP in every format, match detections, check batch invariance.
 deploy: $(INSTALLED) ## Publish a model version and measure AP through the live endpoint.
 benchmark: $(INSTALLED) ## Measure latency and throughput of the endpoint.
-$(STAGES):
+$(STAGES): $(CONVERTED)
 	@$(RUN) --until $@ $(ARGS)
 
 report: $(INSTALLED) ## Write report.json, report.md and report.html anew.
@@ -84,6 +96,9 @@ golden: $(INSTALLED) ## Write the golden files anew; read the diff before commit
 lock: ## Pin the dependencies of pyproject.toml anew (needs uv).
 	@uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-annotate --quiet --custom-compile-command "make lock" --output-file requirements/lock.txt
+	@uv pip compile requirements/precision.in --no-deps --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --quiet --custom-compile-command "make lock" \
+		--output-file requirements/precision.txt
 
 clean: ## Remove the run of RECIPE (its artifacts and its model repository); .venv stays.
 	@rm -rf runs/$(or $(NAME),$(basename $(notdir $(RECIPE))))

@@ -73,19 +73,26 @@ def graph_head_tensors(graph: DetectorGraph) -> HeadTensors:
     return run
 
 
-def onnx_head_tensors(path: Path) -> HeadTensors:
-    """An exported file in ONNX Runtime, with what it still has of these values as outputs of a copy."""
+def onnx_head_tensors(path: Path, optimize: bool = True) -> HeadTensors:
+    """An exported file in ONNX Runtime, with what it still has of these values as outputs of a copy.
+
+    Args:
+        optimize: as of :class:`export.runners.OnnxRuntimeRunner`.
+    """
     model = onnx.load(path)
     names = [name for node in model.graph.node for name in node.output if name.startswith(HEAD_PREFIX)]
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=usable_providers())
     (images,) = session.get_inputs()
 
     def run(canvas: np.ndarray) -> dict[str, np.ndarray]:
-        return dict(zip(names, session.run(names, {images.name: canvas[None]}), strict=True))
+        values = session.run(names, {images.name: canvas[None]}) if names else []
+        return dict(zip(names, values, strict=True))
 
     return run
 

@@ -24,9 +24,11 @@ class ParityConfig:
             cost to be seen, while a fault in it costs far more.
         max_ap_drop_graph: the same of the export graph in torch, against torch on the canvas.
         max_ap_drop_onnxruntime: the same of ONNX Runtime, against the graph and against torch on the canvas.
-        max_ap_drop_tensorrt: the same of the engine, against ONNX Runtime and torch on the canvas.
+        max_ap_drop_tensorrt: the same of a float32 engine, against ONNX Runtime and torch on the canvas.
         max_ap_drop_served: the same of the live endpoint, against what it serves in process; and of requests that the
             server puts into batches, against requests one by one.
+        max_ap_drop_half: the same of an fp16 or bf16 file or engine, against torch on the canvas.
+        min_ap_share_quantized: smallest share of that AP that an int8 or fp8 file or engine must reach.
         num_matching_images: validation images whose detections are matched one by one against detectron2's own.
         min_iou, max_box_error_pixels: a pair matches with this IoU or with every coordinate this near.
         max_score_error: and with scores this near; also how near the score threshold, or the last kept score of a full
@@ -43,6 +45,8 @@ class ParityConfig:
     max_ap_drop_onnxruntime: float = 0.05
     max_ap_drop_tensorrt: float = 0.1
     max_ap_drop_served: float = 0.05
+    max_ap_drop_half: float = 0.1
+    min_ap_share_quantized: float = 0.99
     num_matching_images: int = 100
     min_iou: float = 0.999
     max_box_error_pixels: float = 0.01

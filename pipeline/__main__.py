@@ -68,7 +68,7 @@ def run(
     if not (run_dir / "deploy").is_dir():
         from pipeline.preflight import preflight
 
-        preflight(loaded)
+        preflight(loaded, serves=until in (None, "deploy", "benchmark", "report"))
     if loaded.folder is not None and overrides:
         recipes.save(loaded)  # the next command on the folder need not repeat them
     stages = stages_of(loaded)

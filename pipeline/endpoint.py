@@ -12,7 +12,7 @@ from export.config import NmsChoice
 from export.signature import DetectorSignature
 from pipeline import environment
 from pipeline.artifact import Artifact, open_artifact
-from pipeline.errors import ArtifactError, RecipeError
+from pipeline.errors import ArtifactError, RecipeError, Unavailable
 from serving.client import TritonRunner, load_model
 from serving.config import ServingConfig
 from serving.model_config import DynamicBatching, InstanceGroup
@@ -29,6 +29,7 @@ from serving.servers import SERVERS, Ports, ServerError
 from serving.servers.container import container_command, docker_engine_missing
 
 REPOSITORY = "model_repository"
+_NOT_ON_CPU = {"bf16": "has no bfloat16 kernels", "fp8": "only emulates fp8, many times slower than float32,"}
 DEFAULT_PORTS = Ports(grpc=8001, http=8000, metrics=8002)
 
 
@@ -65,6 +66,22 @@ def check_serves_nms(nms: NmsChoice, config: ServingConfig) -> None:
             f"export.nms=outside ends the model at candidates and serving.backend={config.backend_of_server} runs the "
             "model alone; set serving.backend=python, which does the rest, or export.nms=portable"
         )
+
+
+def check_served_precision(precision: str, config: ServingConfig) -> None:
+    """Check that what serves the recipe's ONNX file computes in its precision.
+
+    Raises:
+        Unavailable: only a GPU does.
+    """
+    reason = _NOT_ON_CPU.get(precision)
+    if reason is None or config.backend_of_server == "tensorrt" or uses_gpu(config):
+        return
+    raise Unavailable(
+        f"export.precision={precision} is to be served on a CPU, but ONNX Runtime {reason} there. Serve on a machine "
+        "with a GPU, or the engine (serving.backend=tensorrt), or set export.precision to fp32, fp16 or int8; "
+        "--until validate makes and measures the files without serving them"
+    )
 
 
 def publish_version(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from export.ladder import Floor, Rung
 from export.parity import MatchResult, combined, match_detections
-from export.runners import OnnxRuntimeRunner
 from export.signature import Detections, DetectorSignature
 from pipeline.accuracy import Ladder
 from pipeline.endpoint import runner_of
-from pipeline.export_stages import ONNX_MODEL
+from pipeline.model_files import ModelFile, runner_in_process
 from pipeline.stage import Gate, StageContext
 from serving.client import run_concurrently
 from serving.config import ServingConfig
@@ -23,19 +21,21 @@ BATCHED = f"Triton, concurrency {CONCURRENCY}"
 NUM_GOLDEN_IMAGES = 20
 
 
-def prove(context: StageContext, ladder: Ladder, url: str, model_file: Path, served: str) -> dict[str, Any]:
+def prove(
+    context: StageContext, ladder: Ladder, url: str, served: ModelFile, config: ServingConfig, compared_with: str
+) -> dict[str, Any]:
     """Add the endpoint's rungs and gates to ``ladder``; what was found is returned.
 
     Args:
         url: host:port of the gRPC endpoint.
-        model_file: what is served, for the rows' digest.
-        served: the rung that ran the same model in process, which the endpoint is compared with.
+        served: the file behind it.
+        config: how it is served.
+        compared_with: the rung that ran the same model in process, in ``ladder`` already.
     """
-    config: ServingConfig = context.recipe.sections["serving"]
     limits = context.recipe.sections["parity"]
     with runner_of(config, url) as runner:
         alone = [runner.run(canvas[None])[0] for canvas in ladder.canvases()]
-        with OnnxRuntimeRunner(context.inputs["export"].path(ONNX_MODEL), runner.signature) as in_process:
+        with runner_in_process(served, runner.signature, config) as in_process:
             golden = [in_process.run(canvas[None])[0] for canvas in ladder.canvases(NUM_GOLDEN_IMAGES)]
         before = runner.statistics()
         mixed = run_concurrently(
@@ -48,7 +48,8 @@ def prove(context: StageContext, ladder: Ladder, url: str, model_file: Path, ser
         batching = runner.statistics() - before
         signature = runner.signature
     floor = Floor(points=limits.max_ap_drop_served)
-    ladder.add(Rung(name=ONE_BY_ONE, compared_with=served, floors={served: floor}), alone, model_file)
+    rung = Rung(name=ONE_BY_ONE, compared_with=compared_with, floors={compared_with: floor})
+    ladder.add(rung, alone, served.path)
     matched = _matched(golden, alone[: len(golden)], signature, score_floor=0.0)
     ladder.hold(
         ONE_BY_ONE,
@@ -57,14 +58,14 @@ def prove(context: StageContext, ladder: Ladder, url: str, model_file: Path, ser
             value=matched.num_unmatched,
             limit=0,
             passed=matched.num_unmatched == 0,
-            reason=f"{matched.num_matched} detections on {matched.num_images} images, against ONNX Runtime in process",
+            reason=f"{matched.num_matched} detections on {matched.num_images} images, against the same file in process",
         ),
     )
     batches = f"{batching.num_requests} requests in {batching.num_executions} executions"
     if batching.num_executions >= batching.num_requests:
         batches += ": the server put none together, so only requests of several images show what a batch does"
     rung = Rung(name=BATCHED, compared_with=ONE_BY_ONE, floors={ONE_BY_ONE: floor})
-    ladder.add(rung, mixed, model_file, note=batches)
+    ladder.add(rung, mixed, served.path, note=batches)
     invariant = _matched(alone, mixed, signature, score_floor=limits.min_matched_score)
     ladder.hold(
         BATCHED,

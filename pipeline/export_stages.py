@@ -13,6 +13,7 @@ import onnx.numpy_helper
 import torch
 from torch import nn
 
+from export.config import AS_EXPORTED
 from export.detector_graph import detector_graph, signature_of
 from export.head_tensors import detectron2_head_tensors, graph_head_tensors, head_differences, onnx_head_tensors
 from export.ladder import Floor, Rung
@@ -24,7 +25,9 @@ from export.targets.tensorrt_target import EngineUnavailable, build_engine
 from export.unsupported_layer import unsupported_layer_named
 from pipeline.accuracy import ON_CANVAS, REFERENCE, Ladder, canvases_of, detections_of, detectron2_on_canvas
 from pipeline.artifact import digest
-from pipeline.other_canvases import ONNX_MODEL, add_other_canvases, canvas_name, export_other_canvases
+from pipeline.model_files import ENGINE, ONNX_MODEL, ONNX_RUNTIME, TENSORRT, precision_of, typed_onnx
+from pipeline.other_canvases import add_other_canvases, canvas_name, export_other_canvases
+from pipeline.precision_rungs import add_precision_rungs, floor_of, precision_head_differences
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
 from serving.preprocessing import canvas_from_image
@@ -32,11 +35,8 @@ from training.checkpoint import load_student
 from training.embedded_sources import photo, photos
 from training.evaluate import resolve_device
 
-ENGINE = "model.plan"
 PARITY_FILE = "parity.json"
 GRAPH = "torch, export graph"
-ONNX_RUNTIME = "ONNX Runtime"
-TENSORRT = "TensorRT"
 NUM_PROBE_CANVASES = 5
 NUM_HEAD_IMAGES = 4
 
@@ -118,7 +118,7 @@ def engine(context: StageContext) -> StageResult:
     signature = DetectorSignature.read(source.directory)
     try:
         built = build_engine(
-            source.path(ONNX_MODEL),
+            typed_onnx(context.inputs),
             context.directory / ENGINE,
             signature,
             precision=config.precision,
@@ -173,7 +173,8 @@ def _validated(context: StageContext) -> StageResult:
         ladder.add(rung, detections_of(torch_runner, ladder.canvases()), checkpoint)
     ladder.match(GRAPH, ON_CANVAS)
     matching, invariance = _add_onnxruntime(ladder, context, signature)
-    _add_tensorrt(ladder, context, signature)
+    engine_source = add_precision_rungs(ladder, context, signature)
+    _add_tensorrt(ladder, context, signature, engine_source)
     add_other_canvases(ladder, context, student)
     head_tensors = {
         ON_CANVAS: detectron2_head_tensors(student, graph),
@@ -182,7 +183,10 @@ def _validated(context: StageContext) -> StageResult:
     }
     facts = {
         **ladder.facts(),
-        "head_tensors": head_differences(head_tensors, ladder.canvases(NUM_HEAD_IMAGES)),
+        "head_tensors": [
+            *head_differences(head_tensors, ladder.canvases(NUM_HEAD_IMAGES)),
+            *precision_head_differences(context, ladder.canvases(NUM_HEAD_IMAGES)),
+        ],
         "matching": dataclasses.asdict(matching),
         "batch_invariance": dataclasses.asdict(invariance),
         "per_class": ladder.per_class(REFERENCE, ONNX_RUNTIME),
@@ -206,13 +210,16 @@ def _add_onnxruntime(
     return matching, invariance
 
 
-def _add_tensorrt(ladder: Ladder, context: StageContext, signature: DetectorSignature) -> None:
+def _add_tensorrt(ladder: Ladder, context: StageContext, signature: DetectorSignature, source: str) -> None:
+    """Add the engine's rung, compared with ``source``: the one that ran the ONNX file it is built from."""
     built, limits = context.inputs["engine"], context.recipe.sections["parity"]
     if built.manifest.facts["status"] != "built":
         ladder.add_not_run(TENSORRT, built.manifest.facts["reason"])
         return
-    floor = Floor(points=limits.max_ap_drop_tensorrt)
-    rung = Rung(name=TENSORRT, compared_with=ONNX_RUNTIME, floors={ONNX_RUNTIME: floor, ON_CANVAS: floor})
+    precision, floor = precision_of(context.inputs), Floor(points=limits.max_ap_drop_tensorrt)
+    converted = {ON_CANVAS: floor_of(precision, limits)}
+    floors = {source: floor, ON_CANVAS: floor} if precision in AS_EXPORTED else converted
+    rung = Rung(name=TENSORRT, compared_with=source, floors=floors)
     try:
         with TensorRTRunner(built.path(ENGINE), signature) as runner:
             ladder.add(rung, detections_of(runner, ladder.canvases()), built.path(ENGINE))

@@ -18,9 +18,8 @@ from export.runners import OnnxRuntimeRunner
 from export.signature import DetectorSignature
 from export.targets.onnx_target import export_onnx
 from pipeline.accuracy import ON_CANVAS, REFERENCE, Ladder, detections_of, detectron2_on_canvas
+from pipeline.model_files import ONNX_MODEL
 from pipeline.stage import StageContext
-
-ONNX_MODEL = "model.onnx"
 
 
 def canvas_name(signature: DetectorSignature) -> str:

@@ -6,15 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from export.config import ExportConfig
+from export.config import AS_EXPORTED, ExportConfig
 from export.detector_graph import check_supported, detector_graph, signature_of
-from pipeline.endpoint import check_server, check_serves_nms
+from export.precision import check_modelopt, num_calibration_images
+from export.targets.tensorrt_target import UnsupportedEngine, incapable
+from pipeline.endpoint import check_served_precision, check_server, check_serves_nms
 from pipeline.errors import RecipeError
 from pipeline.other_canvases import other_signatures
 from pipeline.overrides import one_line
 from pipeline.recipe import Recipe
 from training.acceleration import check_compiler, check_precision
 from training.config import TrainingConfig
+from training.dataset_config import DatasetConfig
+from training.dataset_formats import own_datasets
 from training.evaluate import resolve_device
 from training.head_classes import class_count
 from training.imported_checkpoint import ImportConfig
@@ -28,20 +32,26 @@ from training.train import distilled_detector
 NUM_CLASSES = 2  # any number: what is checked does not depend on it
 
 
-def preflight(recipe: Recipe) -> None:
+def preflight(recipe: Recipe, *, serves: bool = True) -> None:
     """Check that the recipe's parts fit each other and this machine, and that the server can start here.
 
+    Args:
+        serves: whether the run goes on to a server, which must compute in the recipe's precision then.
+
     Raises:
-        RecipeError: the model cannot be built, the distiller's schedule lies outside the training, or the server's
-            backend cannot do the NMS.
+        RecipeError: the model cannot be built, the distiller's schedule lies outside the training, the server's backend
+            cannot do the NMS, or a model that was trained elsewhere has no images to calibrate its precision on.
         UnsupportedStudent, StudentUnsuited, LgdInputError, UnsupportedDetector: distiller or export do not fit the
             student.
         LaunchError: the processes do not fit the batch or the machine.
         WeightsUnusable: the initial checkpoint is missing or belongs to another architecture.
         DeviceUnavailable, CompilerMissing, TrackerMissing: the machine lacks what the training section asks for.
+        ModelOptMissing, TooFewCalibrationImages, UnsupportedEngine, Unavailable: the precision cannot be made, built
+            or served.
         ServerError: this machine lacks something that the server needs.
     """
     config: TrainingConfig | ImportConfig = recipe.sections["training"]
+    export, serving = recipe.sections["export"], recipe.sections["serving"]
     if isinstance(config, ImportConfig):
         resolve_device(config.device)
         student = built(recipe.model, NUM_CLASSES, f"recipe {recipe.path}").eval()
@@ -52,9 +62,12 @@ def preflight(recipe: Recipe) -> None:
         distilled_detector(student, recipe.sections["distiller"])
         if config.init_checkpoint is not None:
             check_initial_weights(student, config.init_checkpoint)
-    check_exportable(student, recipe.sections["export"])
-    check_serves_nms(recipe.sections["export"].nms, recipe.sections["serving"])
-    check_server(recipe.sections["serving"])
+    check_exportable(student, export)
+    check_conversion(export, recipe.sections["dataset"], imported=isinstance(config, ImportConfig))
+    check_serves_nms(export.nms, serving)
+    if serves:
+        check_served_precision(export.precision, serving)
+    check_server(serving)
 
 
 def check_exportable(detector: nn.Module, config: ExportConfig) -> None:
@@ -97,6 +110,32 @@ def check_schedule(schedule: DistillationSchedule, config: TrainingConfig) -> No
             f"distiller.distill_until_iter is {until} and distiller.distill_from_iter {schedule.distill_from_iter}: "
             "nothing would be distilled; give a later end, or null for none"
         )
+
+
+def check_conversion(export: ExportConfig, dataset: DatasetConfig, *, imported: bool) -> None:
+    """Refuse a precision that this machine cannot make, that no architecture has, or that lacks calibration images.
+
+    Args:
+        imported: whether the model was trained elsewhere; only then may there be no training set.
+
+    Raises:
+        RecipeError: there is none.
+        ModelOptMissing, TooFewCalibrationImages, UnsupportedEngine: see :mod:`export`.
+    """
+    if export.precision in AS_EXPORTED:
+        return
+    check_modelopt(export.precision)
+    excluded = incapable(export.precision, export.compute_capabilities)
+    if excluded and len(excluded) == len(export.compute_capabilities):
+        raise UnsupportedEngine(f"export.compute_capabilities: {'; '.join(excluded.values())}; name others")
+    own = dataset.train is not None
+    if imported and not own:
+        raise RecipeError(
+            f"export.precision={export.precision} is calibrated on training images and the run names none: give "
+            "dataset.train=FILE, in the format of dataset.validation=FILE, or export.precision=fp32"
+        )
+    num_images = own_datasets(dataset)["train"].dataset.num_images if own else dataset.num_train
+    num_calibration_images(export, num_images)
 
 
 def check_machine(config: TrainingConfig, launch: str | None) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from export.runners import OnnxRuntimeRunner
 from export.signature import DetectorSignature
 from pipeline.accuracy import Ladder, canvases_of
 from pipeline.endpoint import (
+    check_served_precision,
     check_server,
     deployed,
     docker_line,
@@ -31,7 +31,7 @@ from pipeline.endpoint import (
 )
 from pipeline.endpoint_proof import prove
 from pipeline.errors import Unavailable
-from pipeline.export_stages import ENGINE, ONNX_MODEL, ONNX_RUNTIME, TENSORRT
+from pipeline.model_files import ONNX_RUNTIME, ModelFile, precision_of, runner_in_process, served_file, serving_of
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import dataset_of
 from serving.client import check_reachable
@@ -53,29 +53,28 @@ def deploy(context: StageContext) -> StageResult:
 
     Nothing is published before the server is known to be there.
     """
-    config: ServingConfig = context.recipe.sections["serving"]
+    config = serving_of(context)
     serves_engine = config.backend_of_server == "tensorrt"
     if serves_engine:
         _check_engine(context.inputs["engine"].manifest.facts)
     check_server(config)
+    check_served_precision(precision_of(context.inputs), config)
     if config.url is not None:
         check_reachable(config.url)
-    artifact = context.inputs["engine" if serves_engine else "export"]
-    model_file = artifact.path(ENGINE if serves_engine else ONNX_MODEL)
-    signature = DetectorSignature.read(artifact.directory)
+    served = served_file(context.inputs, config)
+    signature = DetectorSignature.read(context.inputs["export"].directory)
     rows = {row["name"]: row for row in context.inputs["validate"].manifest.facts["rows"]}
-    served = TENSORRT if serves_engine else ONNX_RUNTIME
     provenance = {
         "run": context.run_dir.name,
         "recipe": context.recipe.name,
-        "artifact": artifact.manifest.content_digest,
-        "AP": rows[served].get("AP"),  # none where the engine did not run
+        "artifact": served.artifact.manifest.content_digest,
+        "AP": rows[served.row].get("AP"),  # none where the engine did not run
     }
     repository = repository_of(config, context.run_dir)
     previous = served_version(repository, config.model_name)
-    version = publish_version(config, repository, model_file, signature, provenance)
+    version = publish_version(config, repository, served.path, signature, provenance)
     if context.inputs["export"].manifest.facts.get("nms") != "outside":  # they run the file alone
-        _write_other_configs(context, signature, provenance)
+        _write_other_configs(context, config, signature, provenance)
     facts = _described(config, repository, version)
     ladder = Ladder(
         dataset_of(context.inputs["data"], "validation"), signature, context, context.recipe.sections["parity"]
@@ -87,9 +86,9 @@ def deploy(context: StageContext) -> StageResult:
         facts["rows"] = ladder.rows
     else:
         previous = None if previous is None or previous.version == version else previous
-        served = served if rows[served].get("AP") is not None else ONNX_RUNTIME
-        ladder.add_earlier(served, context.inputs["validate"])
-        facts |= _proven_or_rolled_back(context, ladder, model_file, served, previous)
+        measured = served.row if rows[served.row].get("AP") is not None else ONNX_RUNTIME
+        ladder.add_earlier(measured, context.inputs["validate"])
+        facts |= _proven_or_rolled_back(context, ladder, served, config, measured, previous)
     facts["config_digest"] = config_digest(repository, config.model_name)
     (context.directory / DEPLOYMENT_FILE).write_text(json.dumps(facts, indent=1))
     return StageResult(facts=facts, gates=ladder.gates)
@@ -107,9 +106,10 @@ def _check_engine(facts: dict[str, Any]) -> None:
         )
 
 
-def _write_other_configs(context: StageContext, signature: DetectorSignature, provenance: dict[str, Any]) -> None:
+def _write_other_configs(
+    context: StageContext, config: ServingConfig, signature: DetectorSignature, provenance: dict[str, Any]
+) -> None:
     """The same model's configuration for Triton's own backends, for other servers."""
-    config: ServingConfig = context.recipe.sections["serving"]
     for backend in ("onnxruntime", "tensorrt"):
         other = model_config_for(
             signature,
@@ -147,16 +147,16 @@ def _described(config: ServingConfig, repository: Path, version: int) -> dict[st
 def _proven_or_rolled_back(
     context: StageContext,
     ladder: Ladder,
-    model_file: Path,
-    served: str,
+    served: ModelFile,
+    config: ServingConfig,
+    measured: str,
     previous: ServedVersion | None,
 ) -> dict[str, Any]:
     """The facts of the proof; where it fails or cannot end, ``previous`` is what is served afterwards."""
-    config: ServingConfig = context.recipe.sections["serving"]
     repository = repository_of(config, context.run_dir)
     try:
         with live_endpoint(config, repository, context.directory / SERVER_LOG) as url:
-            facts = prove(context, ladder, url, model_file, served)
+            facts = prove(context, ladder, url, served, config, measured)
     except BaseException:
         if previous is not None:
             serve_previous(config, repository, previous)
@@ -174,20 +174,17 @@ def _proven_or_rolled_back(
 
 
 def benchmark(context: StageContext) -> StageResult:
-    """Latency and throughput of the endpoint under closed and open loop, and of ONNX Runtime in process beside it."""
-    config: ServingConfig = context.recipe.sections["serving"]
+    """Latency and throughput of the endpoint under closed and open loop, and of the same file in process beside it."""
+    config = serving_of(context)
     load: BenchmarkConfig = context.recipe.sections["benchmark"]
     reason = not_executable(config)
     if reason is not None:
         return StageResult(facts={"status": "not run", "reason": reason})
-    export_directory = context.inputs["export"].directory
-    signature = DetectorSignature.read(export_directory)
+    signature = DetectorSignature.read(context.inputs["export"].directory)
     dataset = dataset_of(context.inputs["data"], "validation")
     images = [canvas for _, canvas, _ in canvases_of(dataset, signature, load.num_images)]
     # Same session options as the server's, before it runs: two sessions at once would share the cores.
-    with OnnxRuntimeRunner(
-        export_directory / ONNX_MODEL, signature, num_threads=config.num_threads, allow_spinning=config.allow_spinning
-    ) as runner:
+    with runner_in_process(served_file(context.inputs, config), signature, config) as runner:
         in_process = measure_in_process(
             runner.run, images, seconds=load.seconds_per_point, warmup_requests=load.warmup_requests
         )

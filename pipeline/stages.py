@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from export.config import AS_EXPORTED
 from pipeline.artifact import digest
 from pipeline.recipe import FOLDER_RECIPE, Recipe
 from pipeline.run import RunSummary
@@ -57,6 +58,13 @@ def _digests(recipe: Recipe, reader: str) -> Mapping[str, str]:
     return {split: own.digest(include_pixels=config.digest_pixels) for split, own in splits.items()}
 
 
+def _conversion_tool(recipe: Recipe) -> Mapping[str, str]:
+    """The versions of the tool that makes the precision, where there is something to make."""
+    if recipe.sections["export"].precision in AS_EXPORTED:
+        return {}
+    return {"NVIDIA ModelOpt": digest(Path(__file__).resolve().parents[1] / "requirements" / "precision.txt")}
+
+
 STAGES = (
     Stage(
         name="data",
@@ -91,9 +99,18 @@ STAGES = (
         run=_from("export_stages", "export"),
     ),
     Stage(
-        name="engine",
+        name="precision",
         version=1,
-        inputs=("export",),
+        inputs=("data", "export"),
+        config_sections=("export",),
+        environment_keys=("onnx", "onnxruntime"),
+        external_inputs=_conversion_tool,
+        run=_from("precision_stage", "precision"),
+    ),
+    Stage(
+        name="engine",
+        version=2,
+        inputs=("export", "precision"),
         config_sections=("export",),
         environment_keys=("tensorrt", "tensorrt_rtx", "gpus"),
         run=_from("export_stages", "engine"),
@@ -101,7 +118,7 @@ STAGES = (
     Stage(
         name="validate",
         version=2,
-        inputs=("data", "strip", "export", "engine"),
+        inputs=("data", "strip", "export", "precision", "engine"),
         config_sections=("model", "export", "parity", "training"),
         environment_keys=("torch", "detectron2", "onnxruntime", "gpus"),
         run=_from("export_stages", "validate"),
@@ -109,7 +126,7 @@ STAGES = (
     Stage(
         name="deploy",
         version=2,
-        inputs=("data", "export", "engine", "validate"),
+        inputs=("data", "export", "precision", "engine", "validate"),
         config_sections=("parity", "serving"),
         environment_keys=("onnxruntime", "tritonserver", "gpus"),
         external_inputs=_docker,
@@ -117,8 +134,8 @@ STAGES = (
     ),
     Stage(
         name="benchmark",
-        version=1,
-        inputs=("data", "export", "deploy"),
+        version=2,
+        inputs=("data", "export", "precision", "engine", "deploy"),
         config_sections=("serving", "benchmark"),
         environment_keys=("onnxruntime", "tritonserver", "gpus", "cpu", "num_cores"),
         external_inputs=_docker,
@@ -127,7 +144,7 @@ STAGES = (
     Stage(
         name="report",
         version=2,
-        inputs=("data", "train", "strip", "export", "engine", "validate", "deploy", "benchmark"),
+        inputs=("data", "train", "strip", "export", "precision", "engine", "validate", "deploy", "benchmark"),
         config_sections=(),
         run=_from("report_stage", "report"),
         always=True,

@@ -15,7 +15,8 @@ class ServingConfig:
     """How the model is published and served.
 
     Attributes:
-        model_name: in the repository; ``<dataset>_<architecture>_<size>_<precision>``, no dots.
+        model_name: in the repository; ``<dataset>_<architecture>_<size>_<precision>``, no dots. A precision at its end
+            gives way to the one that is served.
         device: where the model runs; "auto" takes the first GPU where there is one.
         server: "wheel" (tritonserver from pip, loopback), "path" (tritonserver on PATH) or "container" (Docker).
         url: host:port of the gRPC endpoint of a server that already runs and serves ``repository`` under explicit model

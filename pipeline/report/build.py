@@ -22,9 +22,10 @@ STAGE_READS: Mapping[str, tuple[str, ...]] = {
     "train": ("data",),
     "strip": ("train",),
     "export": ("strip",),
-    "engine": ("export",),
-    "validate": ("data", "strip", "export", "engine"),
-    "deploy": ("export", "engine", "validate"),
+    "precision": ("data", "export"),
+    "engine": ("export", "precision"),
+    "validate": ("data", "strip", "export", "precision", "engine"),
+    "deploy": ("export", "precision", "engine", "validate"),
     "benchmark": ("deploy",),
 }
 
@@ -72,6 +73,7 @@ def build_report(
         "dataset": data,
         "strip": sections.strip(manifests, absent),
         "onnx_model": sections.onnx_model(manifests, absent),
+        "precision": sections.precision(manifests, absent),
         "engine": sections.engine(manifests, absent),
         "parity": sections.parity(manifests, absent),
         "per_class": sections.per_class(manifests, absent),

@@ -58,10 +58,11 @@ _PLACES = {
     "train": (1, 0),
     "strip": (2, 0),
     "export": (3, 0),
-    "engine": (3.5, -1),
-    "validate": (4, 0),
-    "deploy": (5, 0),
-    "benchmark": (6, 0),
+    "precision": (3.5, -1),
+    "engine": (4.5, -1),
+    "validate": (5, 0),
+    "deploy": (6, 0),
+    "benchmark": (7, 0),
 }
 
 
@@ -69,7 +70,7 @@ def charts(report: Mapping[str, Any]) -> dict[str, str]:
     """The SVG of each chart; empty text where the report has no numbers for it."""
     latency, training = report["latency"], report["distillation"]
     drawn = dict.fromkeys(("ap_curve", "losses", "latency", "breakdown", "open_loop", "per_class"), "")
-    drawn["lineage"] = _svg("lineage", (7.6, 1.9), _lineage, report["lineage"])
+    drawn["lineage"] = _svg("lineage", (8.6, 1.9), _lineage, report["lineage"])
     if training["ap_curve"]:
         drawn["ap_curve"] = _svg("ap", (4.8, 2.7), _ap_curve, report)
     if training["losses"]:
@@ -256,7 +257,7 @@ def _lineage(axes: Axes, stages: Sequence[Mapping[str, Any]]) -> None:
         seconds = stage["seconds"]
         time = "" if seconds is None else f"{seconds:.0f} s · " if seconds < 120 else f"{seconds / 60:.0f} min · "
         axes.text(x, y - 0.2, time + stage["status"], ha="center", va="center", fontsize=7, color=colour)
-    axes.set(xlim=(-0.5, 6.5), ylim=(-1.4, 0.85))
+    axes.set(xlim=(-0.5, 7.5), ylim=(-1.4, 0.85))
     axes.axis("off")
 
 

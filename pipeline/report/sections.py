@@ -165,6 +165,14 @@ def onnx_model(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any
     return {**head, **pick(facts, keys)}
 
 
+def precision(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
+    """The files in the precision asked for, or that the exported one has it."""
+    facts, head = section("precision", manifests, absent)
+    keys = ("method", "num_calibration_images", "layers_by_type", "share", "num_float32_nodes", "size_bytes")
+    files = [{"name": name, **pick(file, keys)} for name, file in (facts.get("files") or {}).items()]
+    return {**head, "precision": facts.get("precision"), "files": files}
+
+
 def engine(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """The TensorRT engine, and the architectures it could not be built for, or why there is none."""
     facts, head = section("engine", manifests, absent)

@@ -97,6 +97,15 @@ def test_the_file_that_ships_has_the_signatures_outputs_alone(exported: Exported
     assert outputs == list(exported.signature.output_names)
 
 
+def test_a_file_that_has_lost_the_names_has_nothing_to_compare(exported: Exported, tmp_path: Path) -> None:
+    model = onnx.load(exported.path)
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = [name.replace("head/", "trunk/head/") for name in names]
+    onnx.save(model, tmp_path / "renamed.onnx")
+    assert onnx_head_tensors(tmp_path / "renamed.onnx", optimize=False)(images_of(exported, 1)[0]) == {}
+
+
 class _Swapped(DetectorGraph):
     """The graph with the channels in the wrong order."""
 

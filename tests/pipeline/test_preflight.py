@@ -13,14 +13,19 @@ import torch
 from detectron2.config import LazyCall as L
 from detectron2.modeling import GeneralizedRCNN, SemanticSegmentor
 
+from export import precision as conversion
+from export.config import ExportConfig
 from export.detector_graph import UnsupportedDetector
+from export.precision import ModelOptMissing, TooFewCalibrationImages
+from export.targets.tensorrt_target import UnsupportedEngine
 from pipeline import recipe as recipes
-from pipeline.errors import RecipeError
-from pipeline.preflight import NUM_CLASSES, preflight
+from pipeline.errors import RecipeError, Unavailable
+from pipeline.preflight import NUM_CLASSES, check_conversion, preflight
 from pipeline.recipe import Recipe
 from pipeline.recipe_parts import atss, gfl, paper_fcos, resnet, retinanet
 from training.backbones.timm_backbone import UnsupportedBackbone
 from training.backbones.weight_file import WeightsUnusable
+from training.dataset_config import DatasetConfig
 from training.detection_losses import UnsupportedStudent
 from training.distillers.lgd.objects import LgdInputError
 from training.evaluate import DeviceUnavailable
@@ -29,6 +34,7 @@ from training.student import build_student
 from training.tracking import TrackerMissing
 from training.train import StudentUnsuited, distilled_detector
 
+STAND_IN = Path(__file__).parents[1] / "stand_in"
 TINY = Path(__file__).with_name("tiny_recipe.py")
 
 
@@ -63,6 +69,56 @@ def test_what_would_fail_after_the_training_fails_before_it(
 ) -> None:
     with pytest.raises(error, match=message):
         preflight(recipes.load(TINY, overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["precision=int8"], TooFewCalibrationImages, r"512 training images and the training set has 12"),
+        (["precision=fp8", "compute_capabilities=['75','86']"], UnsupportedEngine, r"75 has no fp8.*86 has no fp8"),
+        (["precision=bf16", "compute_capabilities=['75']"], UnsupportedEngine, r"75 has no bf16, which begins with 80"),
+        (["precision=bf16"], Unavailable, r"bf16 is to be served on a CPU, .* no bfloat16 kernels.*--until validate"),
+        (["precision=fp8", "num_calibration_images=12"], Unavailable, r"fp8 is to be served on a CPU"),
+    ],
+)
+def test_a_precision_that_cannot_be_made_built_or_served_is_refused_before_the_training(
+    overrides: list[str], error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "MODELOPT", STAND_IN)
+    values = [f"export.{override}" for override in overrides]
+    recipe = recipes.load(TINY, [*values, "serving.device=cpu"])
+    with pytest.raises(error, match=message):
+        preflight(recipe)
+
+
+def test_a_precision_that_only_a_gpu_serves_can_be_made_without_serving_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "MODELOPT", STAND_IN)
+    preflight(recipes.load(TINY, ["export.precision=bf16", "serving.device=cpu"]), serves=False)
+    preflight(recipes.load(TINY, ["export.precision=int8", "export.num_calibration_images=12"]))
+
+
+def test_a_model_that_was_trained_elsewhere_needs_a_training_set_for_a_precision_that_is_calibrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conversion, "MODELOPT", STAND_IN)
+    for dataset in (DatasetConfig(), DatasetConfig(validation="validation.json")):
+        with pytest.raises(RecipeError, match=r"export\.precision=int8 is calibrated on .*dataset\.train=FILE"):
+            check_conversion(ExportConfig(precision="int8"), dataset, imported=True)
+        check_conversion(ExportConfig(), dataset, imported=True)
+
+
+def test_modelopt_is_missed_before_the_training_and_only_by_what_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "MODELOPT", tmp_path)
+    with pytest.raises(ModelOptMissing, match="make setup-precision"):
+        preflight(recipes.load(TINY, ["export.precision=fp16"]))
+    preflight(recipes.load(TINY, ["export.precision=tf32"]))
+
+
+def test_an_unknown_precision_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"export\.precision: found 'fp17' .*'fp32', 'tf32', 'fp16', .*'fp8'"):
+        recipes.load(TINY, ["export.precision=fp17"])
 
 
 def test_a_recipe_whose_parts_fit_passes() -> None:

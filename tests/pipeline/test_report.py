@@ -309,6 +309,31 @@ def test_a_row_whose_gate_failed_is_not_called_passed(manifests: Any, run_dir: P
     assert rows["torch, fixed canvas"] == "passed"
 
 
+def test_the_gate_of_a_precision_fails_its_own_row_and_not_the_exported_files(manifests: Any, run_dir: Path) -> None:
+    rows, gates = manifests["validate"]["facts"]["rows"], manifests["validate"]["gates"]
+    name = "ONNX Runtime, int8 (TensorRT's file)"
+    gate = f"AP of {name} minus that of torch, fixed canvas, at least"
+    rows.append({**next(row for row in rows if row["name"] == "ONNX Runtime"), "name": name, "gates": [gate]})
+    gates.append({**gates[0], "name": gate, "passed": False})
+    status = {row["name"]: row["status"] for row in report_of(run_dir, manifests)["accuracy"]["rows"]}
+    assert (status[name], status["ONNX Runtime"]) == ("failed", "passed")
+
+
+def test_what_a_precision_was_made_of_is_shown(manifests: Any, run_dir: Path) -> None:
+    for text in written(report_of(run_dir, manifests), run_dir):
+        assert "fp32, which the exported file has" in text
+    file = {
+        "method": "NVIDIA ModelOpt: Q/DQ",
+        "num_calibration_images": 512,
+        "layers_by_type": {"INT8": 84, "FLOAT": 15},
+    }
+    manifests["precision"]["facts"] = {"precision": "int8", "files": {"model.onnx": {**file, "num_float32_nodes": 446}}}
+    page, markdown = written(report_of(run_dir, manifests), run_dir)
+    for text in (read_page(page).text, markdown):
+        assert "NVIDIA ModelOpt: Q/DQ, 512 training images" in text
+        assert "446 float32 nodes" in text
+
+
 def test_training_is_shown_at_its_start_a_quarter_and_its_end(manifests: Any, run_dir: Path) -> None:
     training = report_of(run_dir, manifests)["distillation"]
     assert [mark["iteration"] for mark in training["ap_at"]] == [0, 750, 3000]

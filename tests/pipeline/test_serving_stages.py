@@ -81,6 +81,29 @@ def test_the_provenance_holds_the_ap_of_the_model_that_is_served(
     assert f"source={small_run.repository}" in small_run.output.getvalue().replace("'", "")
 
 
+def test_int8_on_a_cpu_is_served_from_the_file_made_for_cpus_under_a_name_that_says_so(small_run: SmallRun) -> None:
+    small_run.facts |= {"precision": "int8", "in_process": PERFECT, "int8 on a CPU": {"AP": 0.0}}
+    small_run.serving |= {"model_name": "m_fp32", "device": "cpu"}
+    small_run.run(until="benchmark")  # AP 0 is held against the rung of the file that is served, which has AP 0 too
+    published = small_run.repository / "m_int8" / "1" / "model.onnx"
+    assert published.read_bytes() == (small_run.run_dir / "precision" / "model_cpu.onnx").read_bytes()
+    assert facts_of(small_run)["model_name"] == "m_int8"
+    config = ModelConfig.from_pbtxt((small_run.repository / "m_int8" / "config.pbtxt").read_text())
+    assert json.loads(config.parameters["provenance"])["AP"] == 0.0
+    assert not (small_run.repository / "m_fp32").exists()
+    gates = json.loads((small_run.run_dir / "deploy" / "manifest.json").read_text())["gates"]
+    assert gates[0]["name"] == "AP of Triton, concurrency 1 minus that of ONNX Runtime, int8 (CPU), at least"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_what_onnx_runtime_cannot_serve_on_a_cpu_is_not_published(small_run: SmallRun, precision: str) -> None:
+    small_run.facts["precision"] = precision
+    small_run.serving["device"] = "cpu"
+    with pytest.raises(Unavailable, match=rf"export\.precision={precision} is to be served on a CPU"):
+        small_run.run()
+    assert not small_run.repository.exists()
+
+
 def test_nothing_is_published_for_a_server_that_does_not_answer_or_cannot_start(
     small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
