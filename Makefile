@@ -78,8 +78,8 @@ serve: $(INSTALLED) ## Serve the deployed model in the foreground; Ctrl-C ends i
 detect: $(INSTALLED) ## Send IMAGES="a.jpg b.jpg" to the server that `make serve` runs.
 	@$(BIN)/python -m pipeline detect $(IMAGES) $(ARGS)
 
-test: $(INSTALLED) lint ## Run the linters, the type checker and the test suite.
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(INSTALLED) lint ## Run the linters, the type checker and the test suite, in as many processes as there are cores, up to 4.
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 conformance: $(INSTALLED) ## Train, strip and load every recipe at its full size: about 12 minutes on two cores.
 	@$(BIN)/python bench/conformance.py $(ARGS)
