@@ -132,8 +132,8 @@ def engine(context: StageContext) -> StageResult:
         facts={"status": "built", "reason": "", **dataclasses.asdict(built), "run": run},
         gates=[
             Gate(
-                name="layer types are those of the precision asked for",
-                value=", ".join(built.layers_by_dtype),
+                name="convolutions and matrix products are of the precision asked for",
+                value=", ".join(f"{number} {name}" for name, number in built.products_by_dtype.items()),
                 limit=config.precision,
                 passed=True,
                 reason="; ".join(

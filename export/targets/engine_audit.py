@@ -11,7 +11,7 @@ import collections
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 
@@ -29,8 +29,15 @@ _WORDS = {"FLOAT": "Float|FP32", "HALF": "Half|FP16", "BF16": "BFloat16|BF16", "
 """The engine inspector's words for a type."""
 
 
-def audit_network(network: Any, precision: str, onnx_path: Path) -> dict[str, int]:
-    """The number of layer outputs of each type, most frequent first.
+class LayerTypes(NamedTuple):
+    """How many layers are of each type, most frequent first: outputs of all, factors of those that multiply."""
+
+    outputs: dict[str, int]
+    products: dict[str, int]
+
+
+def audit_network(network: Any, precision: str, onnx_path: Path) -> LayerTypes:
+    """The types of a network that has the precision asked for.
 
     Args:
         network: what TensorRT parsed from the file.
@@ -48,9 +55,10 @@ def audit_network(network: Any, precision: str, onnx_path: Path) -> dict[str, in
         found.update(types)
         strange = _FLOAT_TYPES.intersection(types) - {"FLOAT", TYPE_OF[precision]}
         offenders += [f"{layer.name!r} ({name})" for name in sorted(strange)]
+    products = list(_products(network))
     offenders += [
         f"{layer.name!r} ({kind}, in the file {written[layer.name]})"
-        for layer, kind in _products(network)
+        for layer, kind in products
         if written.get(layer.name, kind) != kind
     ]
     if offenders:
@@ -61,7 +69,8 @@ def audit_network(network: Any, precision: str, onnx_path: Path) -> dict[str, in
         )
     check_precision(layers, precision, str(onnx_path))
     check_float32_tail(model, str(onnx_path))
-    return dict(found.most_common())
+    multiplied = collections.Counter(kind for _, kind in products)
+    return LayerTypes(dict(found.most_common()), dict(multiplied.most_common()))
 
 
 def num_float_products(network: Any, layer_type: Any) -> int:

@@ -47,6 +47,7 @@ class EngineFacts:
         compute_capabilities: architectures the engine holds code for.
         excluded: architectures asked for that it cannot hold code for, each with the reason.
         layers_by_dtype: number of layer outputs of each type in the strongly typed network, most frequent first.
+        products_by_dtype: number of its convolutions and matrix products by the type of their factors.
         size_bytes: of the plan.
         seconds: of parsing and building.
         inspector: what the engine inspector said, or why it was not asked.
@@ -59,6 +60,7 @@ class EngineFacts:
     compute_capabilities: tuple[str, ...]
     excluded: dict[str, str]
     layers_by_dtype: dict[str, int]
+    products_by_dtype: dict[str, int]
     size_bytes: int
     seconds: float
     inspector: str
@@ -131,7 +133,7 @@ def build_engine(
     builder = trt.Builder(logger)
     network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
     _check_nms(trt, network)
-    layers_by_dtype = audit_network(network, precision, onnx_path)
+    types = audit_network(network, precision, onnx_path)
     asked = compute_capabilities if hasattr(trt, "ComputeCapability") else [_this_gpu()]
     excluded = incapable(precision, asked) | _impossible(trt, network, asked)
     remaining = [name for name in asked if name not in excluded]
@@ -153,7 +155,8 @@ def build_engine(
         precision=precision,
         compute_capabilities=built_for,
         excluded=excluded,
-        layers_by_dtype=layers_by_dtype,
+        layers_by_dtype=types.outputs,
+        products_by_dtype=types.products,
         size_bytes=plan_path.stat().st_size,
         seconds=time.monotonic() - start,
         inspector=inspect_engine(trt, logger, plan, precision),

@@ -177,7 +177,7 @@ def engine(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """The TensorRT engine, and the architectures it could not be built for, or why there is none."""
     facts, head = section("engine", manifests, absent)
     keys = ("library", "version", "precision", "compute_capabilities", "size_bytes", "seconds", "inspector", "run")
-    by_name = {key: facts.get(key) or {} for key in ("layers_by_dtype", "excluded")}
+    by_name = {key: facts.get(key) or {} for key in ("layers_by_dtype", "products_by_dtype", "excluded")}
     return {**head, **pick(facts, keys), **by_name}
 
 

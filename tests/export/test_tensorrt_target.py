@@ -10,7 +10,7 @@ import torch
 from onnx import TensorProto, helper
 
 from export import precision as conversion
-from export.precision_audit import PrecisionMismatch
+from export.precision_audit import TYPE_OF, PrecisionMismatch
 from export.targets.engine_audit import audit_network, confirmed
 from export.targets.tensorrt_target import UnsupportedEngine, build_engine, incapable, load_tensorrt
 from tests.export.conftest import Exported, canvases
@@ -73,6 +73,8 @@ def test_a_real_engine_has_the_precision_asked_for(
     facts = build_engine(path, plan, exported.signature, precision=precision, compute_capabilities=("75",))
     assert facts.precision == precision
     assert set(facts.layers_by_dtype) & {"FLOAT", "HALF", "BF16", "INT8", "FP8"} == types
+    assert next(iter(facts.products_by_dtype)) == TYPE_OF[precision], "the most frequent one"
+    assert sum(facts.products_by_dtype.values()) == exported.facts.ops["Conv"]
     assert facts.size_bytes == plan.stat().st_size > 100_000
 
 
@@ -101,7 +103,7 @@ def test_a_network_whose_layers_have_other_types_than_the_file_says_is_named(
         builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
         network = builder.create_network(0)
         assert trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR)).parse(converted(precision).read_bytes())
-        assert audit_network(network, precision, converted(precision))
+        assert audit_network(network, precision, converted(precision)).products
         with pytest.raises(PrecisionMismatch, match=r"'node_Conv_\d+' \((HALF|INT8), in the file FLOAT\)"):
             audit_network(network, precision, exported.path)
 
