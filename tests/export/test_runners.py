@@ -3,8 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from export.parity import combined, match_detections
 from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
@@ -43,6 +46,33 @@ def test_onnx_runtime_takes_the_cpu_where_no_gpu_answers_and_says_nothing(
         assert runner.providers[-1] == "CPUExecutionProvider"
         assert torch.cuda.is_available() == ("CUDAExecutionProvider" in runner.providers)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_graph_that_onnx_runtimes_optimizer_breaks_runs_node_by_node(exported: Exported, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Clip", ["pixels", "zero", "six"], ["clipped"]),
+        helper.make_node("QuantizeLinear", ["clipped", "scale", "zero_point"], ["stored"]),
+        helper.make_node("DequantizeLinear", ["stored", "scale", "zero_point"], ["out"]),
+    ]
+    values = {"zero": 0.0, "six": 6.0, "scale": 0.5}
+    stored = [helper.make_tensor(name, TensorProto.FLOAT, [], [value]) for name, value in values.items()]
+    stored.append(helper.make_tensor("zero_point", TensorProto.FLOAT8E4M3FN, [], b"\0", raw=True))
+    shape = ["batch", *exported.signature.image_shape]
+    ends = [
+        helper.make_tensor_value_info(name, kind, shape)
+        for name, kind in (("images", TensorProto.UINT8), ("out", TensorProto.FLOAT))
+    ]
+    model = helper.make_model(
+        helper.make_graph(nodes, "fp8", ends[:1], ends[1:], stored),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    onnx.save(model, tmp_path / "fp8.onnx")
+    with OnnxRuntimeRunner(tmp_path / "fp8.onnx", exported.signature, optimize=False) as runner:
+        assert runner.providers[-1] == "CPUExecutionProvider"
+    with pytest.raises(Fail, match="Unexpected data type for QuantizeLinear"):  # once it loads, drop the option
+        OnnxRuntimeRunner(tmp_path / "fp8.onnx", exported.signature)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
