@@ -17,13 +17,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+LARGEST = 16384.0
+"""A quarter of float16's largest number. ModelOpt's own 512 is for coordinates, which are absolute and in the tail."""
+
 
 def autocast(source: str, target: str, precision: str, calibration: str) -> None:
-    """fp16 or bf16: a layer whose inputs or outputs pass 512 on the calibration images stays float32."""
+    """fp16 or bf16: a layer whose inputs or outputs pass ``LARGEST`` on the calibration images stays float32."""
     from modelopt.onnx.autocast import convert_to_mixed_precision
 
     model = convert_to_mixed_precision(
-        source, low_precision_type=precision, keep_io_types=True, calibration_data=calibration, providers=["cpu"]
+        source,
+        low_precision_type=precision,
+        data_max=LARGEST,
+        keep_io_types=True,
+        calibration_data=calibration,
+        providers=["cpu"],
     )
     onnx.save(model, target)
 

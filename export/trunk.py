@@ -92,7 +92,12 @@ def with_trunk(model: ModelProto, trunk: ModelProto) -> ModelProto:
     opset = opset_of(trunk)
     joined = onnx.version_converter.convert_version(model, opset) if opset > opset_of(model) else copy.deepcopy(model)
     trunk = onnx.compose.add_prefix(
-        trunk, _PREFIX, rename_inputs=False, rename_outputs=False, rename_value_infos=False, rename_nodes=False
+        _unrounded(trunk),
+        _PREFIX,
+        rename_inputs=False,
+        rename_outputs=False,
+        rename_value_infos=False,
+        rename_nodes=False,
     )
     tail = copy.deepcopy(tail_nodes(joined.graph))
     initializers = [*trunk.graph.initializer, *joined.graph.initializer]
@@ -105,6 +110,26 @@ def with_trunk(model: ModelProto, trunk: ModelProto) -> ModelProto:
     joined.opset_import.extend(trunk.opset_import)
     onnx.checker.check_model(joined, full_check=True)
     return joined
+
+
+def _unrounded(trunk: ModelProto) -> ModelProto:
+    """The trunk with outputs that are taken before they are quantized for a layer of the trunk.
+
+    Quantizers put Q/DQ nodes before a graph's output that a layer reads too: the pyramid, which the tail of a two-stage
+    detector pools from. ONNX Runtime 1.31 aborts on a DQ node in front of what a loop reads.
+    """
+    trunk = copy.deepcopy(trunk)
+    makers = {name: node for node in trunk.graph.node for name in node.output}
+    renamed: dict[str, str] = {}
+    for output in trunk.graph.output:
+        dequantize = makers[output.name]
+        quantize = makers.get(dequantize.input[0])
+        if dequantize.op_type == "DequantizeLinear" and quantize is not None:
+            renamed |= {output.name: f"{output.name} rounded", quantize.input[0]: output.name}
+    for node in trunk.graph.node:
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    _rename_inputs(trunk.graph.node, renamed)
+    return trunk
 
 
 def opset_of(model: ModelProto) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,8 +123,17 @@ def _products(network: Any) -> Iterator[tuple[Any, str]]:
     for layer in _layers(network):
         if layer.type.name not in _PRODUCTS:
             continue
-        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
-        sources = [makers.get(tensor.name) for tensor in inputs[:2] if tensor is not None]
-        quantized = len(sources) == 2 and all(s is not None and s.type.name == "DEQUANTIZE" for s in sources)
-        kind = sources[0].get_input(0).dtype.name if quantized else layer.get_output_type(0).name  # type: ignore[union-attr]
-        yield layer, kind
+        factors = [layer.get_input(index) for index in range(min(layer.num_inputs, 2))]
+        sources = [_source(factor, makers) for factor in factors if factor is not None]
+        if len(sources) == 2 and all(source is not None and source.type.name == "DEQUANTIZE" for source in sources):
+            yield layer, sources[0].get_input(0).dtype.name
+        else:
+            yield layer, layer.get_output_type(0).name
+
+
+def _source(tensor: Any, makers: Mapping[str, Any]) -> Any:
+    """The layer that a tensor comes from; the parser puts shuffles between, to give both factors the same rank."""
+    layer = makers.get(tensor.name)
+    while layer is not None and layer.type.name == "SHUFFLE":
+        layer = makers.get(layer.get_input(0).name)
+    return layer

@@ -11,6 +11,7 @@ import pytest
 from export import precision as conversion
 from export.config import ExportConfig
 from export.cpu_quantization import write_cpu_int8
+from export.detector_graph import detector_graph
 from export.parity import combined, match_detections
 from export.precision import (
     ModelOptMissing,
@@ -21,9 +22,11 @@ from export.precision import (
 )
 from export.precision_audit import PrecisionMismatch, compute_layers
 from export.runners import OnnxRuntimeRunner
+from export.targets.onnx_target import export_onnx
 from export.targets.tensorrt_target import build_engine
 from export.trunk import tail_nodes
-from tests.export.conftest import Exported, canvases
+from tests.export.conftest import Exported, canvases, signature_for
+from tests.export.tiny_two_stage import calibrated_rcnn
 
 STAND_IN = Path(__file__).parents[1] / "stand_in"
 needs_modelopt = pytest.mark.skipif(
@@ -76,6 +79,20 @@ def test_the_cpus_int8_file_keeps_the_rule_the_detections_and_the_tail(
     assert tail_nodes(model.graph)[-len(tail_nodes(original.graph)) :] == tail_nodes(original.graph)
     assert model.metadata_props == original.metadata_props, "the signature stays in it"
     assert share_found_again(exported, path) > 0.7
+
+
+def test_a_two_stage_detector_keeps_its_second_stage_in_float32_and_still_runs(tmp_path: Path) -> None:
+    detector = calibrated_rcnn(masks=True)
+    signature = signature_for(detector, 128, 192)
+    export_onnx(detector_graph(detector, signature), signature, tmp_path / "model.onnx")
+    images = np.stack(canvases(128, 192, 4))
+    facts = write_cpu_int8(tmp_path / "model.onnx", tmp_path / "model_cpu.onnx", images)
+    assert facts.share == 1.0
+    assert {"float32 tail", ""} < {
+        layer.exempt for layer in compute_layers(onnx.load(tmp_path / "model_cpu.onnx"), "int8")
+    }
+    with OnnxRuntimeRunner(tmp_path / "model_cpu.onnx", signature) as runner:
+        assert sum(map(len, runner.run(images))) > 10
 
 
 @pytest.mark.usefixtures("stand_in")

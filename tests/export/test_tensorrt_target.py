@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export import precision as conversion
 from export.precision_audit import TYPE_OF, PrecisionMismatch
@@ -108,6 +108,30 @@ def test_a_network_whose_layers_have_other_types_than_the_file_says_is_named(
             audit_network(network, precision, exported.path)
 
 
+def test_a_matrix_product_is_quantized_although_the_parser_reshapes_its_factors(tmp_path: Path) -> None:
+    weight = np.ones((32, 32), np.int8)
+    stored = [
+        numpy_helper.from_array(np.asarray(value), name)
+        for name, value in (("w", weight), ("scale", np.float32(0.1)), ("zero", np.int8(0)))
+    ]
+    nodes = [
+        helper.make_node("Cast", ["images"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["w", "scale", "zero"], ["wd"]),
+        helper.make_node("MatMul", ["xd", "wd"], ["middle"], name="middle"),
+        helper.make_node("MatMul", ["middle", "v"], ["out"], name="last"),
+    ]
+    stored.append(numpy_helper.from_array(np.ones((32, 32), np.float32), "v"))
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 3, 32, 32])
+    path = _written(tmp_path / "product.onnx", nodes, output, stored)
+    trt = load_tensorrt()
+    network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0)
+    parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
+    assert parser.parse(path.read_bytes())
+    assert audit_network(network, "int8", path).products == {"INT8": 1, "FLOAT": 1}
+
+
 @pytest.mark.parametrize(
     ("precision", "without", "left"), [("bf16", "75", "80"), ("fp8", "86", "89"), ("fp8", "75", "120")]
 )
@@ -136,9 +160,11 @@ def test_an_unknown_architecture_is_refused_with_the_known_ones(exported: Export
         build_engine(exported.path, tmp_path / "model.plan", exported.signature, compute_capabilities=("90",))
 
 
-def _written(path: Path, nodes: list[onnx.NodeProto], output: onnx.ValueInfoProto) -> Path:
-    shape = ["batch", 3, 32, 32]
-    graph = helper.make_graph(nodes, "g", [helper.make_tensor_value_info("images", TensorProto.UINT8, shape)], [output])
+def _written(
+    path: Path, nodes: list[onnx.NodeProto], output: onnx.ValueInfoProto, stored: Sequence[TensorProto] = ()
+) -> Path:
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", 3, 32, 32])
+    graph = helper.make_graph(nodes, "g", [images], [output], stored)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
     return path
 

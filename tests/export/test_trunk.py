@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from export.detector_graph import detector_graph
 from export.targets.onnx_target import export_onnx
@@ -112,3 +112,40 @@ def test_names_inside_a_converted_trunk_may_be_names_of_the_tail(model: ModelPro
     weight.name = taken
     found = outputs_of(with_trunk(model, trunk), images)
     np.testing.assert_array_equal(found["boxes"], outputs_of(model, images)["boxes"])
+
+
+def two_maps() -> ModelProto:
+    """A pyramid in small: the tail reads what the first convolution gives, and so does the second one."""
+    nodes = [
+        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+        helper.make_node("Conv", ["pixels", "w"], ["map"], name="first"),
+        helper.make_node("Conv", ["map", "w"], ["logits"], name="second"),
+        helper.make_node("Sqrt", ["map"], ["pooled"]),
+        helper.make_node("Sqrt", ["logits"], ["scores"]),
+    ]
+    shape = [1, 3, 4, 4]
+    weight = numpy_helper.from_array(np.full((3, 3, 1, 1), 0.07, np.float32), "w")
+    images = helper.make_tensor_value_info("images", TensorProto.UINT8, shape)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("pooled", "scores")]
+    graph = helper.make_graph(nodes, "two maps", [images], ends, [weight])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_what_a_layer_reads_rounded_the_tail_reads_as_it_was_before() -> None:
+    model = two_maps()
+    trunk = trunk_of(model)
+    first, second = trunk.graph.node[1:3]
+    first.output[0] = "raw"
+    qdq = [
+        helper.make_node("QuantizeLinear", ["raw", "scale", "zero"], ["stored"], name="q"),
+        helper.make_node("DequantizeLinear", ["stored", "scale", "zero"], ["map"], name="dq"),
+    ]
+    nodes = [trunk.graph.node[0], first, *qdq, second]
+    del trunk.graph.node[:]
+    trunk.graph.node.extend(nodes)
+    for name, value in (("scale", np.float32(8)), ("zero", np.int8(0))):
+        trunk.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    images = np.arange(48, dtype=np.uint8).reshape(1, 3, 4, 4)
+    exact, rounded = outputs_of(model, images), outputs_of(with_trunk(model, trunk), images)
+    np.testing.assert_array_equal(rounded["pooled"], exact["pooled"])
+    assert not np.allclose(rounded["scores"], exact["scores"], rtol=0.01)

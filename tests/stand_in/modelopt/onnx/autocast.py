@@ -7,7 +7,13 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 
 def convert_to_mixed_precision(
-    path: str, *, low_precision_type: str, keep_io_types: bool, calibration_data: str, providers: list[str]
+    path: str,
+    *,
+    low_precision_type: str,
+    data_max: float,
+    keep_io_types: bool,
+    calibration_data: str,
+    providers: list[str],
 ) -> ModelProto:
     assert (low_precision_type, keep_io_types, providers) == ("fp16", True, ["cpu"])
     model = onnx.load(path)
