@@ -7,10 +7,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling.backbone.resnet import BasicBlock, BottleneckBlock
 from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
+# Random residual blocks of full strength multiply a rounding error with every block: after a ResNet-50's, float32 was
+# 8e-5 of a feature's deviation from float64, and with this gain 1e-5 (192 x 256 pixels).
+RESIDUAL_GAIN = 0.25
+LAST_CONVOLUTIONS: dict[type, str] = {BasicBlock: "conv2", BottleneckBlock: "conv3"}
 Spread = tuple[nn.Module, float, float]  # a last layer, and the deviation and mean that its outputs get
 
 
@@ -23,6 +28,9 @@ def calibrate(detector: nn.Module, images: Sequence[np.ndarray]) -> None:
         images: uint8 (3, H, W).
     """
     inputs = [{"image": torch.from_numpy(image)} for image in images]
+    for block in detector.modules():
+        if type(block) in LAST_CONVOLUTIONS:
+            getattr(block, LAST_CONVOLUTIONS[type(block)]).norm.weight.fill_(RESIDUAL_GAIN)
     hooks = [
         module.register_forward_pre_hook(_take_statistics)
         for module in detector.modules()
