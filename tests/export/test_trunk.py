@@ -77,9 +77,9 @@ def test_the_tail_comes_back_node_by_node_and_copies_of_a_constant_become_one(mo
 def test_first_layers_read_more_than_a_quarter_of_the_resolution_and_last_ones_feed_the_tail(model: ModelProto) -> None:
     weights = {node.name: node.input[1] for node in model.graph.node if node.op_type == "Conv"}
     found = [(weights[name], why) for name, why in outermost(model).items()]
-    assert found[0] == ("backbone.bottom_up.stem.conv1.weight", "first layers")
+    assert found[0] == ("detector.backbone.bottom_up.stem.conv1.weight", "first layers")
     assert sorted(found[1:]) == sorted(
-        [("head.cls_score.weight", "last layers"), ("head.bbox_pred.weight", "last layers")] * 5
+        [(f"detector.head.{name}.weight", "last layers") for name in ("cls_score", "bbox_pred")] * 5
     )
     assert outermost(trunk_of(model)) == outermost(model)
 

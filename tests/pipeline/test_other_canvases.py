@@ -19,6 +19,7 @@ from export.runners import OnnxRuntimeRunner
 from export.signature import DetectorSignature
 from pipeline import recipe as recipes
 from pipeline.export_stages import export, validate
+from pipeline.precision_stage import precision
 from pipeline.recipe_parts import retinanet
 from pipeline.run import run_stages
 from pipeline.stage import Stage, StageContext, StageResult
@@ -52,7 +53,13 @@ def engine(context: StageContext) -> StageResult:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "canvases"
-    inputs = {"data": (), "strip": ("data",), "export": ("data", "strip"), "engine": ("export",)}
+    inputs = {
+        "data": (),
+        "strip": ("data",),
+        "export": ("data", "strip"),
+        "precision": ("data", "export"),
+        "engine": ("export",),
+    }
     stages = [
         Stage(
             name=function.__name__,
@@ -61,7 +68,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config_sections=("export",),
             run=function,
         )
-        for function in (data, strip, export, engine)
+        for function in (data, strip, export, precision, engine)
     ]
     stages.append(Stage(name="validate", version=1, inputs=tuple(inputs), config_sections=("parity",), run=validate))
     canvases = ["export.canvas=[64,96]", "export.short_edge_pixels=64", "export.max_edge_pixels=96"]
