@@ -5,6 +5,7 @@ Shape legend: N images, R detection slots.
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -30,7 +31,7 @@ def named_levels(names: Sequence[str], outputs: Sequence[Sequence[Tensor]]) -> d
     }
 
 
-class DetectorGraph(nn.Module):
+class DetectorGraph(nn.Module, abc.ABC):
     """An export graph: uint8 canvases (N, 3, H, W) → the signature's outputs in their order.
 
     Attributes:
@@ -43,12 +44,12 @@ class DetectorGraph(nn.Module):
         """See :func:`export.detector_graph.detector_graph`."""
         return self.with_head_tensors(images)[0]
 
+    @abc.abstractmethod
     def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         """The same, and what the head predicts on each level, before anything is ranked or decoded.
 
         The names are those of :func:`named_levels`; in an exported file they are the names of the values.
         """
-        raise NotImplementedError
 
 
 class Nms(Protocol):

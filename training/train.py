@@ -106,8 +106,8 @@ def train(
     start = loop.resume()
     loop.trainer.data_loader = training_loader(student, config, train_set, start_iter=start)
     if start < config.max_iter:
-        # TorchScript (detectron2's focal loss) specialises to what its first calls see and then rounds otherwise, so a
-        # training that goes on in a new process would not end bit for bit where it would have ended.
+        # TorchScript (detectron2's focal loss) specialises to what the process has called it with, and rounds otherwise
+        # then: a training that goes on in a new process could end elsewhere by the last bits.
         with torch.jit.optimized_execution(device.type != "cpu"):
             loop.trainer.train(start, config.max_iter)
     run = loop.run
