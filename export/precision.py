@@ -116,7 +116,7 @@ def write_typed_onnx(source: Path, target: Path, precision: str, images: np.ndar
     model = onnx.load(source)
     trunk = trunk_of(model)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        converted = _converted(trunk, precision, images, Path(scratch))
+        converted = _converted(trunk, precision, images, Path(scratch).resolve())  # where the tool runs
     method = (
         "AutoCast" if precision not in QUANTIZED else "Q/DQ, scales by " + ("entropy", "maximum")[precision == "fp8"]
     )

@@ -98,9 +98,10 @@ def test_a_two_stage_detector_keeps_its_second_stage_in_float32_and_still_runs(t
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_conversion_is_run_as_a_tool_checked_and_put_in_place_of_the_trunk(
-    exported: Exported, images: np.ndarray, tmp_path: Path, precision: str
+    exported: Exported, images: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    path = tmp_path / "model.onnx"
+    monkeypatch.chdir(tmp_path)
+    path = Path("model.onnx")  # relative, as in a run folder of the command line; the tool runs elsewhere
     facts = write_typed_onnx(exported.path, path, precision, images)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     assert (
