@@ -187,16 +187,21 @@ def test_the_objective_is_held_against_concurrency_1_wherever_it_stands() -> Non
     assert (gate.name, gate.value, gate.passed) == ("p99 latency in ms at concurrency 1", 9.0, True)
 
 
+def _running_servers() -> set[psutil.Process]:
+    """The servers of this process; the fixture of the serving tests may be one of them."""
+    return {process for process in psutil.Process().children(recursive=True) if process.name() == "tritonserver"}
+
+
 def test_a_server_that_dies_while_serving_is_an_error_with_its_status_and_log(small_run: SmallRun) -> None:
     small_run.run()
+    of_other_tests = _running_servers()
 
     def kill_it_when_ready() -> None:
         deadline = time.monotonic() + 60
         while "try " not in small_run.output.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
-        for process in psutil.Process().children(recursive=True):
-            if process.name() == "tritonserver":
-                os.kill(process.pid, signal.SIGKILL)
+        for process in _running_servers() - of_other_tests:
+            os.kill(process.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill_it_when_ready)
     killer.start()
