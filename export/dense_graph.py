@@ -30,8 +30,7 @@ from export.graph_parts import (
 from export.nms import rows
 from export.signature import DetectorSignature
 from training.detectors.distribution_retinanet import DistributionRetinaNet
-from training.detectors.gfl_detector import GflDetector
-from training.detectors.location_detector import LocationDetector
+from training.detectors.location_detector import LocationBase, LocationDetector
 from training.detectors.locations import location_grid
 
 Candidates = tuple[Tensor, Tensor, Tensor]  # boxes (N, M, 4), scores (N, M), labels (N, M)
@@ -76,9 +75,7 @@ def distribution_retinanet_graph(
     return DenseGraph(detector, signature, LocationDecoder(detector, centres, strides), nms)
 
 
-def location_graph(
-    detector: LocationDetector | GflDetector, signature: DetectorSignature, nms: NmsChoice
-) -> DenseGraph:
+def location_graph(detector: LocationBase, signature: DetectorSignature, nms: NmsChoice) -> DenseGraph:
     """The export graph of paper-style FCOS, ATSS, and GFL."""
     grid = location_grid(_features_on_canvas(detector, signature), detector.strides)
     points, strides = (values.split(grid.num_per_level) for values in (grid.points, grid.strides))
@@ -186,7 +183,7 @@ class LocationDecoder(nn.Module):
 
     def __init__(
         self,
-        detector: LocationDetector | GflDetector | DistributionRetinaNet,
+        detector: LocationBase | DistributionRetinaNet,
         points: Sequence[Tensor],
         strides: Sequence[Tensor],
     ) -> None:

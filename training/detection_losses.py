@@ -21,8 +21,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from training.detectors.gfl_detector import GflDetector
-from training.detectors.location_detector import LocationDetector
+from training.detectors.location_detector import LocationBase
 from training.detectors.locations import LocationTargets
 
 Features = dict[str, Tensor]
@@ -55,11 +54,8 @@ def _anchor_labels(detector: RetinaNet | FCOS, features: Features, gt_instances:
     return anchors, *detector.label_anchors(anchors, gt_instances)
 
 
-@label_assignment.register(LocationDetector)
-@label_assignment.register(GflDetector)
-def _location_labels(
-    detector: LocationDetector | GflDetector, features: Features, gt_instances: list[Instances]
-) -> LocationTargets:
+@label_assignment.register
+def _location_labels(detector: LocationBase, features: Features, gt_instances: list[Instances]) -> LocationTargets:
     return detector.label_locations(_head_inputs(detector, features), gt_instances)
 
 
@@ -111,10 +107,9 @@ def _fcos(
     return detector.losses(anchors, logits, labels, deltas, boxes, centerness)
 
 
-@detection_losses.register(LocationDetector)
-@detection_losses.register(GflDetector)
+@detection_losses.register
 def _location(
-    detector: LocationDetector | GflDetector,
+    detector: LocationBase,
     images: ImageList,
     features: Features,
     gt_instances: list[Instances],

@@ -186,7 +186,7 @@ def test_the_levels_of_dense_detectors_are_the_heads_and_of_two_stage_ones_the_w
 
 
 def test_an_unknown_detector_is_refused_with_the_supported_families() -> None:
-    families = "DenseDetector, FCOS, GeneralizedRCNN, GflDetector, LocationDetector, RetinaNet"
+    families = "DenseDetector, FCOS, GeneralizedRCNN, LocationBase, RetinaNet"
     with pytest.raises(UnsupportedStudent, match=f"Linear; supported: {families} and subclasses") as error:
         detection_losses(nn.Linear(1, 1), None, {}, [])
     assert error.value.exit_code == 2
