@@ -17,7 +17,8 @@ class _Mismatch(Exception):
 
 
 def convert(where: str, cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as the fields of ``cls`` want them: lists become tuples, whole numbers floats, text paths.
+    """The values as the fields of ``cls`` want them: lists become tuples, whole numbers floats or, in a tuple of texts,
+    text; text becomes a path.
 
     Args:
         where: name of the section, for messages.
@@ -73,7 +74,9 @@ def _fit_tuple(hints: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     if not hints:
         return tuple(value)
     if len(hints) == 2 and hints[1] is ...:
-        return tuple(_fit(hints[0], item) for item in value)
+        # ``[75,80]`` on the command line is a list of numbers, whatever the field takes.
+        texts = hints[0] is str
+        return tuple(_fit(hints[0], str(item) if texts and type(item) is int else item) for item in value)
     _need(len(value) == len(hints), value)
     return tuple(_fit(hint, item) for hint, item in zip(hints, value, strict=True))
 

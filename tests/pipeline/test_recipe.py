@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from detectron2.config import instantiate
 
+from export.config import ExportConfig
 from pipeline import recipe as recipe_module
 from pipeline.errors import RecipeError
 from pipeline.recipe import RECIPES_DIR, Recipe, available, load
+from pipeline.typed import convert
+from serving.config import ServingConfig
 
 CONFIGS = """
 from dataclasses import dataclass, field
@@ -286,6 +289,20 @@ def test_the_command_reproduces_the_recipe(path: Path) -> None:
     assert command == f"python -m pipeline run {path} 'dataset.train=/data/x y.json'"
     named = Recipe(name="embedded", path=RECIPES_DIR / "embedded.py", overrides=("distiller=none",))
     assert named.command == "python -m pipeline run embedded distiller=none"
+
+
+@pytest.mark.parametrize("given", ["[75,120]", "['75','120']", "['75',120]"])
+def test_architectures_can_be_given_as_numbers(given: str) -> None:
+    recipe = load(str(Path(__file__).with_name("tiny_recipe.py")), [f"export.compute_capabilities={given}"])
+    assert recipe.sections["export"].compute_capabilities == ("75", "120")
+    assert recipe.section_json("export")["compute_capabilities"] == ["75", "120"], "one fingerprint for both"
+
+
+def test_only_a_list_takes_whole_numbers_for_texts() -> None:
+    with pytest.raises(RecipeError, match=r"export\.compute_capabilities: found \[7\.5\]"):
+        convert("export", ExportConfig, {"compute_capabilities": [7.5]})
+    with pytest.raises(RecipeError, match=r"serving\.model_name: found 3 \(int\), expected str"):
+        convert("serving", ServingConfig, {"model_name": 3})
 
 
 @pytest.mark.parametrize("name", available())
