@@ -56,6 +56,7 @@ def run(
     from pipeline import recipe as recipes
     from pipeline.run import run_stages
     from pipeline.stages import after_run, stages_of
+    from pipeline.status import up_to_date
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
         raise RecipeError(
@@ -65,13 +66,13 @@ def run(
     options = _options(runs, name)
     loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options, launch=launch or None)
     run_dir = _run_dir(loaded, runs, name)
-    if not (run_dir / "deploy").is_dir():
+    stages = stages_of(loaded)
+    if force or not up_to_date(run_dir, stages, loaded):
         from pipeline.preflight import preflight
 
         preflight(loaded, serves=until in (None, "deploy", "benchmark", "report"))
     if loaded.folder is not None and overrides:
         recipes.save(loaded)  # the next command on the folder need not repeat them
-    stages = stages_of(loaded)
     summary = run_stages(stages, loaded, run_dir, from_stage=from_stage, until=until, force=force, console=console)
     for line in after_run(run_dir, summary):
         console.print(line)

@@ -48,6 +48,11 @@ def status(run_dir: Path, stages: Sequence[Stage], recipe: Recipe | None = None)
     return list(found.values())
 
 
+def up_to_date(run_dir: Path, stages: Sequence[Stage], recipe: Recipe) -> bool:
+    """Whether a run of the recipe in this folder would build nothing."""
+    return all(found.state in ("done", "not run", "failed gate") for found in status(run_dir, stages, recipe))
+
+
 def read_failure(run_dir: Path) -> dict[str, Any] | None:
     """The stage that raised in the last run: stage, type, message, traceback, time; None when none did."""
     try:

@@ -23,7 +23,7 @@ from pipeline.errors import ArtifactError, GateFailed, Interrupted, RecipeError,
 from pipeline.recipe import Recipe
 from pipeline.run import RunSummary, run_stages
 from pipeline.stage import Gate, Stage, StageContext, StageResult
-from pipeline.status import read_failure, status
+from pipeline.status import read_failure, status, up_to_date
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +89,25 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path: Path) -> Toy:
     return Toy(tmp_path / "runs" / "toy")
+
+
+def test_a_run_is_up_to_date_when_no_stage_would_be_built(toy: Toy) -> None:
+    def is_up_to_date() -> bool:
+        return up_to_date(toy.run_dir, toy.stages, toy.recipe)
+
+    assert not is_up_to_date()
+    toy.run(until="check")
+    assert not is_up_to_date(), "the report is missing"
+    toy.run()
+    assert is_up_to_date()
+    toy.config["parity"] = {"limit": 2}
+    assert not is_up_to_date()
+    toy.gate_passes = False
+    with pytest.raises(GateFailed):
+        toy.run()
+    assert is_up_to_date(), "a failed gate is not measured again"
+    (toy.run_dir / "train" / "files" / "out.txt").write_text("damaged")
+    assert not is_up_to_date()
 
 
 def test_a_second_call_runs_nothing(toy: Toy) -> None:
