@@ -20,6 +20,9 @@ class ExportConfig:
         canvases: more (H, W), each with an ONNX model of the same checkpoint and a row of its AP; images are resized to
             be as large as the canvas lets them be. Engine and server take ``canvas``.
         max_batch_size: largest batch of graph and engine; every size from 1 on is accepted.
+        min_batch_size: smallest batch of the engine. Runners and this project's Python backend fill smaller ones up;
+            Triton's own tensorrt backend refuses them.
+        opt_batch_size: the batch that the engine is tuned for; None takes ``max_batch_size``.
         nms: where overlapping boxes of a class are dropped; the detections are the same. "portable": in the graph, with
             operators that every target has. "onnx": in the graph, as the operator ``NonMaxSuppression``, which
             TensorRT-RTX lacks. "outside": the model ends at the candidates, and runners and this project's Python
@@ -37,6 +40,8 @@ class ExportConfig:
     max_edge_pixels: int = 256
     canvases: tuple[tuple[int, int], ...] = ()
     max_batch_size: int = 8
+    min_batch_size: int = 1
+    opt_batch_size: int | None = None
     nms: NmsChoice = "portable"
     precision: Literal["fp32", "tf32", "fp16", "bf16", "int8", "fp8"] = "fp32"
     num_calibration_images: int = 512
@@ -67,3 +72,9 @@ class ExportConfig:
         for name in ("max_batch_size", "num_calibration_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"export.{name} is {getattr(self, name)}, expected at least 1")
+        batches = (self.min_batch_size, self.opt_batch_size or self.max_batch_size, self.max_batch_size)
+        if self.opt_batch_size == 0 or not 1 <= batches[0] <= batches[1] <= batches[2]:
+            raise ValueError(
+                f"export.min_batch_size is {self.min_batch_size}, export.opt_batch_size {self.opt_batch_size} and "
+                f"export.max_batch_size {self.max_batch_size}, expected 1 <= min <= opt <= max"
+            )

@@ -12,9 +12,9 @@ import onnxruntime
 import torch
 from torch import nn
 
-from export.candidate_nms import CANDIDATES, candidate_outputs, outputs_from_candidates
+from export.candidate_nms import CANDIDATES, outputs_from_candidates
+from export.engine_session import EngineSession
 from export.signature import Detections, DetectorSignature, detections_from_outputs
-from export.targets.tensorrt_target import EngineUnavailable, load_tensorrt, quiet_logger
 
 
 class Runner(Protocol):
@@ -159,7 +159,7 @@ def _has_nvidia_gpu() -> bool:
 
 
 class TensorRTRunner(Runner):
-    """An engine in TensorRT or TensorRT-RTX, with torch tensors as device buffers."""
+    """An engine in TensorRT or TensorRT-RTX."""
 
     name = "TensorRT"
 
@@ -168,46 +168,14 @@ class TensorRTRunner(Runner):
 
         Raises:
             EngineUnavailable: no NVIDIA GPU, no TensorRT, or the engine is not for this GPU or version.
+            EngineDamaged: the plan is not the one that was built.
         """
-        if not torch.cuda.is_available():
-            raise EngineUnavailable(f"engine: {plan_path} cannot run here: no NVIDIA GPU (torch finds no CUDA device)")
-        trt = load_tensorrt()
-        logger = quiet_logger(trt)
         self.signature = signature
-        self._runtime = trt.Runtime(logger)
-        self._engine = self._runtime.deserialize_cuda_engine(plan_path.read_bytes())
-        if self._engine is None:
-            raise EngineUnavailable(
-                f"engine: {plan_path} does not load in {trt.__name__} {trt.__version__} on this GPU "
-                f"({torch.cuda.get_device_name()}): {'; '.join(logger.messages) or 'no reason given'}. "
-                "Build it again here with --force --from engine."
-            )
-        self._context = self._engine.create_execution_context()
-        self._stream = torch.cuda.Stream()
-        outputs = signature.outputs
-        if CANDIDATES[0] in {self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)}:
-            outputs = candidate_outputs(self._engine.get_tensor_shape(CANDIDATES[0])[1])
-        self._outputs = {
-            name: torch.empty((signature.max_batch_size, *shape), device="cuda", dtype=_TORCH_DTYPES[dtype])
-            for name, (dtype, shape) in outputs.items()
-        }
+        self._session = EngineSession(plan_path, signature.input_name)
 
     def run(self, images: np.ndarray) -> list[Detections]:
         self.signature.check_images(images)
-        num_images = len(images)
-        with torch.cuda.stream(self._stream):
-            on_device = torch.from_numpy(images).cuda(non_blocking=True).contiguous()
-            self._context.set_input_shape(self.signature.input_name, tuple(on_device.shape))
-            self._context.set_tensor_address(self.signature.input_name, on_device.data_ptr())
-            for name, buffer in self._outputs.items():
-                self._context.set_tensor_address(name, buffer.data_ptr())
-            if not self._context.execute_async_v3(self._stream.cuda_stream):
-                raise RuntimeError(f"engine: TensorRT failed to run a batch of {num_images}")
-            outputs = {name: buffer[:num_images].cpu().numpy() for name, buffer in self._outputs.items()}
-        return _detections(outputs, self.signature)
+        return _detections(self._session.run(images), self.signature)
 
     def close(self) -> None:
-        del self._context, self._engine, self._runtime
-
-
-_TORCH_DTYPES = {"int32": torch.int32, "float32": torch.float32}
+        self._session.close()

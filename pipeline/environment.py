@@ -22,7 +22,7 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "numpy": ("numpy",),
     "onnx": ("onnx",),
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
-    "tensorrt": ("tensorrt",),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt_rtx", "tensorrt-rtx"),
     "tritonclient": ("tritonclient",),
     "tritonserver": ("nvidia-pytriton",),
@@ -43,6 +43,7 @@ def facts() -> dict[str, Any]:
         "gpus": gpus,
         "gpu_driver": driver,
         "gpu_reason": gpu_reason,
+        "cuda_visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),  # which of them is the first
         "versions": {name: _version(distributions) for name, distributions in DISTRIBUTIONS.items()},
         "commit": commit,
         "dirty": dirty,

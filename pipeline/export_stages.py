@@ -22,6 +22,7 @@ from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
 from export.signature import DetectorSignature
 from export.targets.onnx_target import export_onnx
 from export.targets.tensorrt_target import EngineUnavailable, build_engine
+from export.targets.timing_cache import TIMING_CACHE
 from export.unsupported_layer import unsupported_layer_named
 from pipeline.accuracy import ON_CANVAS, REFERENCE, Ladder, canvases_of, detections_of, detectron2_on_canvas
 from pipeline.artifact import digest
@@ -123,6 +124,9 @@ def engine(context: StageContext) -> StageResult:
             signature,
             precision=config.precision,
             compute_capabilities=config.compute_capabilities,
+            min_batch_size=config.min_batch_size,
+            opt_batch_size=config.opt_batch_size,
+            previous_timing_cache=context.run_dir / "engine" / TIMING_CACHE,
         )
     except EngineUnavailable as error:
         return StageResult(facts={"status": "not run", "reason": str(error)})

@@ -109,10 +109,10 @@ STAGES = (
     ),
     Stage(
         name="engine",
-        version=2,
+        version=3,
         inputs=("export", "precision"),
         config_sections=("export",),
-        environment_keys=("tensorrt", "tensorrt_rtx", "gpus"),
+        environment_keys=("tensorrt", "tensorrt_rtx", "gpus", "cuda_visible_devices"),
         run=_from("export_stages", "engine"),
     ),
     Stage(

@@ -9,6 +9,7 @@ inspector confirms it afterwards.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
 import os
 import time
@@ -16,19 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from export.engine_session import EngineRecord, EngineUnavailable, quiet_logger
 from export.precision_audit import TYPE_OF
 from export.signature import DetectorSignature
 from export.targets.engine_audit import audit_network, inspect_engine, num_float_products
+from export.targets.timing_cache import TIMING_CACHE, keep_timing_cache, use_timing_cache
 
 TURING = "75"
 FIRST_CAPABILITY = {"bf16": 80, "fp8": 89}
 """The first architecture that multiplies in a precision; every one has the others."""
-
-
-class EngineUnavailable(RuntimeError):
-    """TensorRT, a GPU or a layer it needs, or an engine for this GPU is not there."""
-
-    exit_code = 4
 
 
 class UnsupportedEngine(ValueError):
@@ -44,12 +41,15 @@ class EngineFacts:
     Attributes:
         library, version: ``tensorrt`` or ``tensorrt_rtx`` and its version.
         precision: as asked, and audited.
+        batch_sizes: smallest batch the engine takes, the one it is tuned for, and the largest.
+        gpu: the GPU that TensorRT proper built it on; empty for TensorRT-RTX.
         compute_capabilities: architectures the engine holds code for.
         excluded: architectures asked for that it cannot hold code for, each with the reason.
         layers_by_dtype: number of layer outputs of each type in the strongly typed network, most frequent first.
         products_by_dtype: number of its convolutions and matrix products by the type of their factors.
         size_bytes: of the plan.
         seconds: of parsing and building.
+        timing_cache: whether the build went on from the measurements of an earlier one.
         inspector: what the engine inspector said, or why it was not asked.
         warnings: what the library warned of.
     """
@@ -57,12 +57,15 @@ class EngineFacts:
     library: str
     version: str
     precision: str
+    batch_sizes: tuple[int, int, int]
+    gpu: str
     compute_capabilities: tuple[str, ...]
     excluded: dict[str, str]
     layers_by_dtype: dict[str, int]
     products_by_dtype: dict[str, int]
     size_bytes: int
     seconds: float
+    timing_cache: str
     inspector: str
     warnings: tuple[str, ...]
 
@@ -87,21 +90,6 @@ def load_tensorrt() -> Any:
     raise EngineUnavailable(f"engine: no usable TensorRT on this machine ({'; '.join(reasons)}); install tensorrt-rtx")
 
 
-def quiet_logger(trt: Any) -> Any:
-    """A TensorRT logger that prints nothing and keeps warnings and errors, each once, in ``messages``."""
-
-    class QuietLogger(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.messages: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.WARNING and message not in self.messages:
-                self.messages.append(message)
-
-    return QuietLogger()
-
-
 def build_engine(
     onnx_path: Path,
     plan_path: Path,
@@ -109,16 +97,23 @@ def build_engine(
     *,
     precision: str = "fp32",
     compute_capabilities: Sequence[str] = ("75", "80", "86", "89", "120"),
+    min_batch_size: int = 1,
+    opt_batch_size: int | None = None,
+    previous_timing_cache: Path | None = None,
 ) -> EngineFacts:
-    """Build an engine for batches of 1 to ``signature.max_batch_size`` and write its plan.
+    """Build an engine for batches of up to ``signature.max_batch_size``; write its plan and its record.
 
     Args:
         onnx_path: from :func:`export.targets.onnx_target.export_onnx` or :func:`export.precision.write_typed_onnx`.
-        plan_path: the file to write; it appears under its name only when it is whole.
+        plan_path: the file to write; it appears under its name only when it is whole. Its record, and the timing cache
+            of TensorRT proper, come to lie beside it.
         signature: the one beside the ONNX file.
         precision: that of the ONNX file, one of :data:`export.precision_audit.TYPE_OF`.
         compute_capabilities: architectures for TensorRT-RTX. TensorRT proper builds for the GPU it runs on. Those that
             the network cannot be built for are left out, unless none remains.
+        min_batch_size: smallest batch the engine takes.
+        opt_batch_size: the batch it is tuned for; None takes the largest.
+        previous_timing_cache: of an earlier build; a file that is missing, damaged or of another GPU does no harm.
 
     Raises:
         UnsupportedEngine: unknown precision or architecture, or TensorRT refuses the graph, with the node's name.
@@ -134,34 +129,58 @@ def build_engine(
     network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
     _check_nms(trt, network)
     types = audit_network(network, precision, onnx_path)
-    asked = compute_capabilities if hasattr(trt, "ComputeCapability") else [_this_gpu()]
+    asked = compute_capabilities if hasattr(trt, "ComputeCapability") else [_this_gpu()[1]]
     excluded = incapable(precision, asked) | _impossible(trt, network, asked)
     remaining = [name for name in asked if name not in excluded]
     if excluded and not remaining:
         raise UnsupportedEngine(f"engine: nothing to build for: {'; '.join(excluded.values())}")
-    config, built_for = _configured(trt, builder, signature, precision, remaining)
+    largest = signature.max_batch_size
+    batch_sizes = (min_batch_size, opt_batch_size or largest, largest)
+    config = _configured(trt, builder, signature, precision, batch_sizes)
+    built_for = _set_compute_capabilities(trt, config, remaining)
+    timing_cache = use_timing_cache(trt, config, previous_timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise UnsupportedEngine(
             f"engine: {trt.__name__} {trt.__version__} cannot build {onnx_path} for compute capabilities "
             f"{', '.join(built_for)}: {'; '.join(logger.messages) or 'no reason given'}"
         )
-    partial = plan_path.with_name(plan_path.name + ".partial")
-    partial.write_bytes(plan)
-    os.replace(partial, plan_path)
+    keep_timing_cache(trt, config, plan_path.with_name(TIMING_CACHE))
+    record = _written(trt, plan, plan_path, built_for)
     return EngineFacts(
-        library=trt.__name__,
-        version=trt.__version__,
+        library=record.library,
+        version=record.version,
         precision=precision,
+        batch_sizes=batch_sizes,
+        gpu=record.gpu,
         compute_capabilities=built_for,
         excluded=excluded,
         layers_by_dtype=types.outputs,
         products_by_dtype=types.products,
-        size_bytes=plan_path.stat().st_size,
+        size_bytes=record.size_bytes,
         seconds=time.monotonic() - start,
+        timing_cache=timing_cache,
         inspector=inspect_engine(trt, logger, plan, precision),
         warnings=tuple(logger.messages),
     )
+
+
+def _written(trt: Any, plan: Any, plan_path: Path, compute_capabilities: tuple[str, ...]) -> EngineRecord:
+    """Write the plan and the record of what it runs on."""
+    content = bytes(plan)
+    record = EngineRecord(
+        library=trt.__name__,
+        version=trt.__version__,
+        gpu="" if hasattr(trt, "ComputeCapability") else _this_gpu()[0],
+        compute_capabilities=compute_capabilities,
+        sha256=hashlib.sha256(content).hexdigest(),
+        size_bytes=len(content),
+    )
+    record.write(plan_path.parent)
+    partial = plan_path.with_name(plan_path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, plan_path)
+    return record
 
 
 def _parsed(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
@@ -196,11 +215,11 @@ def incapable(precision: str, compute_capabilities: Sequence[str]) -> dict[str, 
     }
 
 
-def _this_gpu() -> str:
-    """The compute capability that TensorRT proper builds for, "90" for 9.0."""
+def _this_gpu() -> tuple[str, str]:
+    """The GPU that TensorRT proper builds on and for: its name and compute capability, "90" for 9.0."""
     import torch
 
-    return "".join(map(str, torch.cuda.get_device_capability()))
+    return torch.cuda.get_device_name(), "".join(map(str, torch.cuda.get_device_capability()))
 
 
 def _impossible(trt: Any, network: Any, compute_capabilities: Sequence[str]) -> dict[str, str]:
@@ -221,9 +240,9 @@ def _impossible(trt: Any, network: Any, compute_capabilities: Sequence[str]) -> 
 
 
 def _configured(
-    trt: Any, builder: Any, signature: DetectorSignature, precision: str, compute_capabilities: Sequence[str]
-) -> tuple[Any, tuple[str, ...]]:
-    """The builder's configuration and the architectures the engine will hold."""
+    trt: Any, builder: Any, signature: DetectorSignature, precision: str, batch_sizes: Sequence[int]
+) -> Any:
+    """The builder's configuration, for batches of ``batch_sizes``: smallest, tuned for, largest."""
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # lets the inspector name types
     if precision == "tf32":
@@ -231,16 +250,15 @@ def _configured(
     else:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default
     profile = builder.create_optimization_profile()
-    largest = signature.max_batch_size
-    profile.set_shape(signature.input_name, *((batch, *signature.image_shape) for batch in (1, largest, largest)))
+    profile.set_shape(signature.input_name, *((batch, *signature.image_shape) for batch in batch_sizes))
     config.add_optimization_profile(profile)
-    return config, _set_compute_capabilities(trt, config, compute_capabilities)
+    return config
 
 
 def _set_compute_capabilities(trt: Any, config: Any, compute_capabilities: Sequence[str]) -> tuple[str, ...]:
     """Name the target architectures where the library takes them; returns what the engine will hold."""
-    if not hasattr(config, "num_compute_capabilities"):
-        return ("this GPU",)
+    if not hasattr(trt, "ComputeCapability"):
+        return tuple(compute_capabilities)
     known = {name.removeprefix("SM"): value for name, value in trt.ComputeCapability.__members__.items()}
     supported = [name for name in known if name.isdigit()]
     unknown = [name for name in compute_capabilities if name not in supported]

@@ -31,6 +31,11 @@ def test_more_canvases_come_as_lists_of_lists() -> None:
         ({"canvas": (0, 256)}, r"export\.canvas"),
         ({"short_edge_pixels": 400}, "1 <= short edge <= max edge"),
         ({"max_batch_size": 0}, "expected at least 1"),
+        ({"min_batch_size": 0}, r"export\.min_batch_size is 0, .* expected 1 <= min <= opt <= max"),
+        ({"min_batch_size": 9}, r"export\.min_batch_size is 9, export\.opt_batch_size None and .*max_batch_size 8"),
+        ({"min_batch_size": 4, "opt_batch_size": 2}, r"expected 1 <= min <= opt <= max"),
+        ({"opt_batch_size": 9}, r"export\.opt_batch_size 9"),
+        ({"opt_batch_size": 0}, r"export\.opt_batch_size 0"),
         ({"num_calibration_images": 0}, r"export\.num_calibration_images is 0, expected at least 1"),
     ],
 )

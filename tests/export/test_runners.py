@@ -9,10 +9,12 @@ import torch
 from onnx import TensorProto, helper
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
+from export.engine_session import EngineUnavailable
 from export.parity import combined, match_detections
 from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
-from export.targets.tensorrt_target import EngineUnavailable, build_engine
+from export.targets.tensorrt_target import build_engine
 from tests.export.conftest import Exported, canvases
+from tests.stand_in_engine import write_record
 
 
 def test_torch_and_onnx_runtime_agree_on_a_batch(exported: Exported) -> None:
@@ -76,9 +78,13 @@ def test_a_graph_that_onnx_runtimes_optimizer_breaks_runs_node_by_node(exported:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
-def test_an_engine_without_a_gpu_is_unavailable_with_exit_code_4(exported: Exported) -> None:
-    with pytest.raises(EngineUnavailable, match="no NVIDIA GPU") as error:
-        TensorRTRunner(exported.path, exported.signature)
+def test_an_engine_without_a_gpu_is_unavailable_with_exit_code_4(exported: Exported, tmp_path: Path) -> None:
+    plan = tmp_path / "model.plan"
+    plan.write_bytes(b"plan")
+    trt = pytest.importorskip("tensorrt_rtx")
+    write_record(plan, library="tensorrt_rtx", version=trt.__version__)
+    with pytest.raises(EngineUnavailable, match=r"no NVIDIA GPU 0 that CUDA can use \(CUDA: cudaError") as error:
+        TensorRTRunner(plan, exported.signature)
     assert error.value.exit_code == 4
 
 

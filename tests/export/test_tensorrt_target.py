@@ -10,6 +10,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export import precision as conversion
+from export.engine_session import EngineUnavailable, check_gpu, check_library, record_of
 from export.precision_audit import TYPE_OF, PrecisionMismatch
 from export.targets.engine_audit import audit_network, confirmed
 from export.targets.tensorrt_target import UnsupportedEngine, build_engine, incapable, load_tensorrt
@@ -26,15 +27,33 @@ def test_a_real_engine_for_two_architectures_builds_from_the_onnx_file_without_a
     exported: Exported, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan = tmp_path / "model.plan"
-    facts = build_engine(exported.path, plan, exported.signature, compute_capabilities=("75", "120"))
+    cache = tmp_path / "earlier.cache"
+    cache.write_bytes(b"no timing cache")  # of which TensorRT-RTX has none
+    facts = build_engine(
+        exported.path,
+        plan,
+        exported.signature,
+        compute_capabilities=("75", "120"),
+        min_batch_size=2,
+        opt_batch_size=4,
+        previous_timing_cache=cache,
+    )
     assert facts.library == "tensorrt_rtx"
+    assert facts.batch_sizes == (2, 4, 8)
+    assert facts.timing_cache.startswith("none")
     assert facts.compute_capabilities == ("75", "120")
     assert facts.size_bytes == plan.stat().st_size > 100_000
     assert facts.layers_by_dtype["FLOAT"] > 50
     assert not set(facts.layers_by_dtype) & {"HALF", "BF16", "INT8", "FP8"}
     if not torch.cuda.is_available():
         assert facts.inspector == "not run: no NVIDIA GPU"
-    assert [path.name for path in tmp_path.iterdir()] == ["model.plan"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.plan", "engine.json", "earlier.cache"}
+    record = record_of(plan)
+    assert (record.library, record.version, record.gpu) == (facts.library, facts.version, "")
+    assert record.compute_capabilities == ("75", "120")
+    assert check_library(record).__name__ == "tensorrt_rtx"
+    with pytest.raises(EngineUnavailable, match=r"for compute capability 75, 120, found NVIDIA L4 .* 89"):
+        check_gpu(record, "NVIDIA L4", "89")
     assert capfd.readouterr() == ("", "")
 
 
