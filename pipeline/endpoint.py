@@ -15,7 +15,7 @@ from pipeline.artifact import Artifact, open_artifact
 from pipeline.errors import ArtifactError, RecipeError, Unavailable
 from serving.client import TritonRunner, load_model
 from serving.config import ServingConfig
-from serving.model_config import DynamicBatching, InstanceGroup
+from serving.model_config import ENGINE_BACKENDS, OWN_BACKENDS, DynamicBatching, InstanceGroup
 from serving.model_repository import (
     RepositoryDamaged,
     ServedVersion,
@@ -48,10 +48,18 @@ def check_server(config: ServingConfig) -> None:
     if config.url is not None or not_executable(config) is not None:
         return
     SERVERS[config.server].check()
-    if config.device == "cuda" and not environment.facts()["gpus"]:
+    if environment.facts()["gpus"]:
+        return
+    reason = environment.facts()["gpu_reason"]
+    if config.serves_engine:
         raise ServerError(
-            f"serving.device=cuda asks for a GPU, but there is {environment.facts()['gpu_reason']}; set "
-            "serving.device=cpu, or auto to use a GPU where there is one"
+            f"serving.backend={config.backend} runs the engine, which needs a GPU, but there is {reason}; serve on a "
+            "machine with one, or the ONNX model, without serving.backend"
+        )
+    if config.device == "cuda":
+        raise ServerError(
+            f"serving.device=cuda asks for a GPU, but there is {reason}; set serving.device=cpu, or auto to use a GPU "
+            "where there is one"
         )
 
 
@@ -61,10 +69,10 @@ def check_serves_nms(nms: NmsChoice, config: ServingConfig) -> None:
     Raises:
         RecipeError: it goes to a backend that runs the file alone.
     """
-    if nms == "outside" and config.backend_of_server != "python":
+    if nms == "outside" and config.backend_of_server not in OWN_BACKENDS:
         raise RecipeError(
             f"export.nms=outside ends the model at candidates and serving.backend={config.backend_of_server} runs the "
-            "model alone; set serving.backend=python, which does the rest, or export.nms=portable"
+            "model alone; set serving.backend=python or python_tensorrt, which do the rest, or export.nms=portable"
         )
 
 
@@ -75,11 +83,11 @@ def check_served_precision(precision: str, config: ServingConfig) -> None:
         Unavailable: only a GPU does.
     """
     reason = _NOT_ON_CPU.get(precision)
-    if reason is None or config.backend_of_server == "tensorrt" or uses_gpu(config):
+    if reason is None or config.serves_engine or uses_gpu(config):
         return
     raise Unavailable(
         f"export.precision={precision} is to be served on a CPU, but ONNX Runtime {reason} there. Serve on a machine "
-        "with a GPU, or the engine (serving.backend=tensorrt), or set export.precision to fp32, fp16 or int8; "
+        "with a GPU, or the engine (serving.backend=python_tensorrt), or set export.precision to fp32, fp16 or int8; "
         "--until validate makes and measures the files without serving them"
     )
 
@@ -103,8 +111,8 @@ def publish_version(
 
 
 def instance_group(config: ServingConfig, backend: str) -> InstanceGroup:
-    """Where the model runs; Triton's tensorrt backend has GPUs only."""
-    if uses_gpu(config) or backend == "tensorrt":
+    """Where the model runs; engines have GPUs only."""
+    if uses_gpu(config) or backend in ENGINE_BACKENDS:
         return InstanceGroup(kind="GPU", count=config.num_instances, gpus=(0,))
     return InstanceGroup(kind="CPU", count=config.num_instances)
 

@@ -60,7 +60,7 @@ def converted_files(inputs: Mapping[str, Artifact]) -> list[ModelFile]:
 
 def served_file(inputs: Mapping[str, Artifact], config: ServingConfig) -> ModelFile:
     """What the recipe's server gets."""
-    if config.backend_of_server == "tensorrt":
+    if config.serves_engine:
         return ModelFile(TENSORRT, inputs["engine"], ENGINE)
     converted = converted_files(inputs)
     if not converted:

@@ -30,8 +30,16 @@ from pipeline.endpoint import (
     uses_gpu,
 )
 from pipeline.endpoint_proof import prove
-from pipeline.errors import Unavailable
-from pipeline.model_files import ONNX_RUNTIME, ModelFile, precision_of, runner_in_process, served_file, serving_of
+from pipeline.model_files import (
+    ENGINE,
+    ONNX_RUNTIME,
+    ModelFile,
+    precision_of,
+    runner_in_process,
+    served_file,
+    serving_of,
+)
+from pipeline.served_engine import check_engine_built, check_engine_runs
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import dataset_of
 from serving.client import check_reachable
@@ -54,10 +62,11 @@ def deploy(context: StageContext) -> StageResult:
     Nothing is published before the server is known to be there.
     """
     config = serving_of(context)
-    serves_engine = config.backend_of_server == "tensorrt"
-    if serves_engine:
-        _check_engine(context.inputs["engine"].manifest.facts)
+    if config.serves_engine:
+        check_engine_built(context.inputs["engine"].manifest.facts, config)
     check_server(config)
+    if config.serves_engine:
+        check_engine_runs(context.inputs["engine"].path(ENGINE), config)
     check_served_precision(precision_of(context.inputs), config)
     if config.url is not None:
         check_reachable(config.url)
@@ -92,18 +101,6 @@ def deploy(context: StageContext) -> StageResult:
     facts["config_digest"] = config_digest(repository, config.model_name)
     (context.directory / DEPLOYMENT_FILE).write_text(json.dumps(facts, indent=1))
     return StageResult(facts=facts, gates=ladder.gates)
-
-
-def _check_engine(facts: dict[str, Any]) -> None:
-    """Triton's tensorrt backend reads engines of TensorRT, not those of TensorRT-RTX."""
-    if facts["status"] != "built":
-        raise Unavailable(f"serving.backend=tensorrt serves the engine, which was not built: {facts['reason']}")
-    if facts["library"] != "tensorrt":
-        raise Unavailable(
-            f"serving.backend=tensorrt serves a TensorRT engine, but {facts['library']} {facts['version']} built this "
-            "run's, which Triton's tensorrt backend cannot load. Install tensorrt, in the version of the server, "
-            "and run again from the engine stage (--from engine), or set serving.backend=onnxruntime"
-        )
 
 
 def _write_other_configs(

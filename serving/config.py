@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from serving.model_config import MODEL_FILE_OF_BACKEND, check_model_name
+from serving.model_config import ENGINE_BACKENDS, MODEL_FILE_OF_BACKEND, OWN_BACKENDS, check_model_name
 from serving.servers import SERVERS
 
 
@@ -22,8 +22,9 @@ class ServingConfig:
         url: host:port of the gRPC endpoint of a server that already runs and serves ``repository`` under explicit model
             control; ``server`` is not started then.
         repository: the model repository; None is one inside the run.
-        backend: "python" (ONNX Runtime in Triton's Python backend), "onnxruntime" or "tensorrt" (Triton's own); None
-            takes the one the server has: python for the wheel and for a url, onnxruntime otherwise.
+        backend: "python" (ONNX Runtime in Triton's Python backend), "python_tensorrt" (the engine, in the same),
+            "onnxruntime" or "tensorrt" (Triton's own); None takes the one the server has: python for the wheel and for
+            a url, onnxruntime otherwise.
         max_queue_delay_microseconds: how long a request may wait to be batched with others.
         max_queue_size: requests waiting above which new ones are refused; 0 is no limit.
         queue_timeout_microseconds: waiting time after which a request is refused; 0 is none.
@@ -65,13 +66,13 @@ class ServingConfig:
             )
         if self.backend is not None:
             _expect_one_of("serving.backend", self.backend, tuple(MODEL_FILE_OF_BACKEND))
-        if self.server == "wheel" and self.url is None and self.backend not in (None, "python"):
+        if self.server == "wheel" and self.url is None and self.backend not in (None, *OWN_BACKENDS):
             raise ValueError(
                 f"serving.backend is {self.backend!r} but the wheel's server has the python backend only; "
-                "set serving.server=container or serving.server=path"
+                f"set serving.server=container or serving.server=path, or serving.backend={' or '.join(OWN_BACKENDS)}"
             )
-        if self.backend == "tensorrt" and self.device == "cpu":
-            raise ValueError("serving.backend is 'tensorrt', which needs a GPU, but serving.device is 'cpu'")
+        if self.serves_engine and self.device == "cpu":
+            raise ValueError(f"serving.backend is {self.backend!r}, which needs a GPU, but serving.device is 'cpu'")
         for name in ("max_queue_delay_microseconds", "max_queue_size", "queue_timeout_microseconds"):
             _expect_at_least(f"serving.{name}", getattr(self, name), 0)
         _expect_at_least("serving.num_instances", self.num_instances, 1)
@@ -83,6 +84,11 @@ class ServingConfig:
                 raise ValueError(f"serving.{name} is {port}, expected 0 (a free port) to 65535")
         for name in ("ready_timeout_seconds", "request_timeout_seconds"):
             _expect_above_zero(f"serving.{name}", getattr(self, name))
+
+    @property
+    def serves_engine(self) -> bool:
+        """Whether the engine is what is published, and not an ONNX file."""
+        return self.backend in ENGINE_BACKENDS
 
     @property
     def backend_of_server(self) -> str:

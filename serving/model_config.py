@@ -18,13 +18,17 @@ from tritonclient.grpc import model_config_pb2 as proto
 
 from export.signature import DetectorSignature
 
-Backend = Literal["python", "onnxruntime", "tensorrt"]
+Backend = Literal["python", "python_tensorrt", "onnxruntime", "tensorrt"]
 MODEL_FILE_OF_BACKEND: dict[Backend, str] = {
     "python": "model.onnx",  # beside model.py, which Triton loads and which loads this one
+    "python_tensorrt": "model.plan",  # likewise
     "onnxruntime": "model.onnx",
     "tensorrt": "model.plan",
 }
-_DEFAULT_FILE_OF_BACKEND: dict[Backend, str] = MODEL_FILE_OF_BACKEND | {"python": "model.py"}
+OWN_BACKENDS = ("python", "python_tensorrt")
+"""This project's, which run in Triton's Python backend and do the NMS that a model leaves to them."""
+ENGINE_BACKENDS = ("python_tensorrt", "tensorrt")
+"""Those that serve the engine, on a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +188,7 @@ def model_config_for(
     Args:
         signature: the I/O promise; inputs, outputs and the largest batch come from it.
         name: the model's name in the repository.
-        backend: "python" is this project's ONNX Runtime backend; the others are Triton's own.
+        backend: "python" and "python_tensorrt" are this project's, with ONNX Runtime and TensorRT; the others Triton's.
         provenance: anything JSON can hold: digests, run name, AP.
         num_threads: threads of each ONNX Runtime session; 0 leaves it to ONNX Runtime.
         allow_spinning: whether idle session threads spin; off, since that steals cores from a client on the machine.
@@ -200,7 +204,7 @@ def model_config_for(
     data_types = {"float32": "FP32", "int32": "INT32"}
     return ModelConfig(
         name=name,
-        backend=backend,
+        backend="python" if backend in OWN_BACKENDS else backend,
         max_batch_size=signature.max_batch_size,
         inputs=(TensorConfig(name=signature.input_name, data_type="UINT8", dims=signature.image_shape),),
         # Triton 2.51 refuses outputs of dims [], so the count is (N, 1) and not (N,).
@@ -211,5 +215,5 @@ def model_config_for(
         instance_group=instance_group,
         dynamic_batching=dynamic_batching,
         parameters=parameters,
-        default_model_filename=_DEFAULT_FILE_OF_BACKEND[backend],
+        default_model_filename="model.py" if backend in OWN_BACKENDS else MODEL_FILE_OF_BACKEND[backend],
     )

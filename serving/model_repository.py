@@ -1,10 +1,11 @@
 """Publish model versions into a Triton model repository, and verify them.
 
 ``<repository>/<model>/config.pbtxt`` and ``<repository>/<model>/<version>/{model file, signature.json, labels.txt,
-manifest.json}``; the Python backend's ``model.py`` and ``candidate_nms.py`` lie in the version too. Everything that
-belongs to one version is in its directory, because Triton reloads every version when a file at model level changes. A
-version is staged on the same file system and renamed into place, so a server never sees half of one, and an existing
-version is never touched, not even a damaged one: publishing goes on with the next number.
+manifest.json}``; what this project's Python backends consist of (:data:`BACKEND_FILES`) and the record of an engine lie
+in the version too. Everything that belongs to one version is in its directory, because Triton reloads every version
+when a file at model level changes. A version is staged on the same file system and renamed into place, so a server
+never sees half of one, and an existing version is never touched, not even a damaged one: publishing goes on with the
+next number.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from pathlib import Path
 
 from google.protobuf import text_format
 
-from export import candidate_nms
+from export import candidate_nms, engine_session
+from export.engine_session import RECORD_FILE
 from export.signature import DetectorSignature
 from serving.model_config import (
+    ENGINE_BACKENDS,
     MODEL_FILE_OF_BACKEND,
     Backend,
     DynamicBatching,
@@ -38,8 +41,13 @@ from serving.model_config import (
 MANIFEST_FILE = "manifest.json"
 CONFIG_FILE = "config.pbtxt"
 LABELS_FILE = "labels.txt"
-BACKEND_MODEL_FILE = Path(__file__).parent / "backends" / "onnxruntime_backend" / "model.py"
-BACKEND_NMS_FILE = Path(candidate_nms.__file__)
+_BACKENDS = Path(__file__).parent / "backends"
+_SHARED = (_BACKENDS / "batched_requests.py", Path(candidate_nms.__file__))
+BACKEND_FILES: dict[Backend, tuple[Path, ...]] = {
+    "python": (_BACKENDS / "onnxruntime_backend" / "model.py", *_SHARED),
+    "python_tensorrt": (_BACKENDS / "tensorrt_backend" / "model.py", *_SHARED, Path(engine_session.__file__)),
+}
+"""What a version of this project's Python backends holds besides the model file; needs nothing else of the project."""
 _STAGING = ".staging"
 _LOCK = ".publish.lock"
 # Where this name is taken by a file, importing model.py writes no .pyc. Files that appear in a version after its first
@@ -74,7 +82,7 @@ def publish(
 
     Args:
         repository: created when missing.
-        model_file: ONNX model, or TensorRT engine for the tensorrt backend.
+        model_file: ONNX model; for the backends that serve one a TensorRT engine, with its record beside it.
         provenance: what the model came from, JSON values; also in the configuration's ``parameters``.
 
     Returns:
@@ -100,9 +108,10 @@ def publish(
         staged = staging / model_name
         staged.mkdir()
         shutil.copyfile(model_file, staged / MODEL_FILE_OF_BACKEND[backend])
-        if backend == "python":
-            for file in (BACKEND_MODEL_FILE, BACKEND_NMS_FILE):
-                shutil.copyfile(file, staged / file.name)
+        if backend in ENGINE_BACKENDS:
+            shutil.copyfile(model_file.with_name(RECORD_FILE), staged / RECORD_FILE)
+        for file in BACKEND_FILES.get(backend, ()):
+            shutil.copyfile(file, staged / file.name)
         signature.write(staged)
         (staged / LABELS_FILE).write_text("".join(f"{name}\n" for name in signature.class_names))
         content = {"model_name": model_name, "backend": backend, "provenance": dict(provenance)}

@@ -15,24 +15,22 @@ import pytest
 from export.engine_session import EngineRecord
 
 STAND_IN_GPU = Path(__file__).parent / "stand_in_gpu"
-MODULES = {"cuda.bindings.runtime": "cuda/bindings/runtime.py", "tensorrt": "tensorrt.py"}
+NAMES = {"stand_in_cuda": "stand_in_cuda", "cuda.bindings.runtime": "stand_in_cuda", "tensorrt": "tensorrt"}
 
 
 def use_stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Put TensorRT's and CUDA's stand-ins in place of the real ones; returns CUDA's."""
-    for name, file in MODULES.items():
-        spec = importlib.util.spec_from_file_location(name, STAND_IN_GPU / file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)
-        if name == "cuda.bindings.runtime":
-            parents = {"cuda": ModuleType("cuda"), "cuda.bindings": ModuleType("cuda.bindings")}
-            parents["cuda.bindings"].runtime = module  # type: ignore[attr-defined]
-            for parent, package in parents.items():
-                monkeypatch.setitem(sys.modules, parent, package)
-        spec.loader.exec_module(module)
-    return sys.modules["cuda.bindings.runtime"]
+    loaded: dict[str, ModuleType] = {}
+    for name, file in NAMES.items():
+        if file not in loaded:
+            spec = importlib.util.spec_from_file_location(file, STAND_IN_GPU / f"{file}.py")
+            assert spec is not None
+            assert spec.loader is not None
+            loaded[file] = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, name, loaded[file])
+            spec.loader.exec_module(loaded[file])
+        monkeypatch.setitem(sys.modules, name, loaded[file])
+    return loaded["stand_in_cuda"]
 
 
 def write_engine(directory: Path, onnx_path: Path, profile: tuple[int, int, int] = (1, 8, 8), **changes: Any) -> Path:

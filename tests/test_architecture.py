@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.model_repository import BACKEND_NMS_FILE
+from serving.model_repository import BACKEND_FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("pipeline", "training", "export", "serving")
@@ -23,7 +23,7 @@ ARROWS = {
     "training.detectors": (),
     "training.backbones": (),
     "export": ("training.detectors", "training.backbones"),
-    "serving": ("export.signature", "export.candidate_nms"),
+    "serving": ("export.signature", "export.candidate_nms", "export.engine_session"),
     "serving.backends": (),
 }
 # Modules with these names would hide, or be hidden by, a library.
@@ -144,7 +144,7 @@ def test_serving_and_the_signature_import_without_torch() -> None:
     names = [name for name in names if not _below(name, "serving.backends")]
     code = f"""
 import importlib, sys
-for name in {[*names, "export.signature", "export.candidate_nms"]}:
+for name in {[*names, "export.signature", "export.candidate_nms", "export.engine_session"]}:
     importlib.import_module(name)
 print([name for name in ("torch", "detectron2", "training", "pipeline") if name in sys.modules])
 """
@@ -153,9 +153,13 @@ print([name for name in ("torch", "detectron2", "training", "pipeline") if name 
     assert result.stdout.strip() == "[]"
 
 
-def test_a_backend_model_imports_only_what_triton_has() -> None:
-    for path in [*sorted((ROOT / "serving" / "backends").rglob("model.py")), BACKEND_NMS_FILE]:
-        roots = {name.split(".")[0] for name in _imports(ast.parse(path.read_text()))}
-        allowed = {"numpy", "onnxruntime", "triton_python_backend_utils"} | set(sys.stdlib_module_names)
-        allowed.add(BACKEND_NMS_FILE.stem)  # lies beside it in a version
-        assert roots <= allowed, f"{path} imports {sorted(roots - allowed)}"
+def test_a_backend_model_imports_only_what_triton_has_and_what_lies_beside_it() -> None:
+    there = {"python": {"onnxruntime"}, "python_tensorrt": {"cuda"}}  # and TensorRT, by the name in the engine's record
+    for backend, files in BACKEND_FILES.items():
+        beside = {path.stem for path in files}
+        allowed = {"numpy", "triton_python_backend_utils"} | there[backend] | beside | set(sys.stdlib_module_names)
+        for path in files:
+            roots = {name.split(".")[0] for name in _imports(ast.parse(path.read_text()))}
+            assert roots <= allowed, f"{path} imports {sorted(roots - allowed)}"
+    copied = {path for files in BACKEND_FILES.values() for path in files}
+    assert set((ROOT / "serving" / "backends").rglob("*.py")) <= copied, "what is not copied cannot be found by Triton"

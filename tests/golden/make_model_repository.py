@@ -44,6 +44,14 @@ def golden_configs() -> dict[str, ModelConfig]:
             dynamic_batching=batching,
             num_threads=2,
         ),
+        "golden_python_tensorrt": model_config_for(
+            SIGNATURE,
+            name="golden_python_tensorrt",
+            backend="python_tensorrt",
+            provenance=provenance,
+            dynamic_batching=batching,
+            instance_group=gpu,
+        ),
         "golden_onnxruntime": model_config_for(
             SIGNATURE,
             name="golden_onnxruntime",

@@ -21,6 +21,7 @@ from pipeline.serving_stages import benchmark, deploy
 from pipeline.stage import Stage, StageContext, StageResult
 from serving.config import BenchmarkConfig, ServingConfig
 from tests.serving.pixel_means import make_signature, write_pixel_means_model
+from tests.stand_in_engine import write_record
 
 NUM_IMAGES = 3
 OBJECT = [5, 5, 9, 9]
@@ -33,6 +34,7 @@ class SmallRun:
     Attributes:
         facts: the precision; of the export and engine stages, of the rows of validate, and what ONNX Runtime found in
             process, with the exported file and with the one of int8 for CPUs.
+        engine_record: what the engine's record says otherwise than one for the stand-in GPU.
         output: what was printed.
     """
 
@@ -43,13 +45,20 @@ class SmallRun:
         self.facts: dict[str, Any] = {
             "export": {"nms": "portable"},
             "precision": "fp32",
-            "engine": {"status": "built", "reason": "", "library": "tensorrt_rtx", "version": "1.6"},
+            "engine": {
+                "status": "built",
+                "reason": "",
+                "library": "tensorrt_rtx",
+                "version": "1.6",
+                "batch_sizes": [1, 8, 8],
+            },
             "in_process": [],  # as good as what the model of pixel means finds
             "in process, int8 on a CPU": [],
             "onnxruntime": {"AP": 11.0},
             "tensorrt": {"AP": 22.0},
             "int8 on a CPU": {"AP": 33.0},
         }
+        self.engine_record: dict[str, Any] = {}
         self.serving: dict[str, Any] = {"model_name": "m"}
         self.benchmark: dict[str, Any] = {"seconds_per_point": 0.3, "num_images": 2, "warmup_requests": 1}
 
@@ -116,6 +125,7 @@ class SmallRun:
 
     def _engine(self, context: StageContext) -> StageResult:
         (context.directory / "model.plan").write_bytes(b"engine")
+        write_record(context.directory / "model.plan", **self.engine_record)
         make_signature().write(context.directory)
         return StageResult(facts=self.facts["engine"])
 

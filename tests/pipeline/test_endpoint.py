@@ -96,7 +96,8 @@ def test_a_model_runs_where_the_recipe_says_or_on_the_gpu_that_is_there(monkeypa
     monkeypatch.setattr(environment, "facts", lambda: NO_GPU)
     assert [uses_gpu(config) for config in (auto, cpu, cuda)] == [False, False, True]
     assert instance_group(auto, "python") == InstanceGroup(kind="CPU", count=2)
-    assert instance_group(auto, "tensorrt").kind == "GPU", "Triton's tensorrt backend has nothing else"
+    for backend in ("tensorrt", "python_tensorrt"):
+        assert instance_group(auto, backend).kind == "GPU", "engines have nothing else"
 
 
 @needs_tritonserver
@@ -106,6 +107,8 @@ def test_a_gpu_asked_for_that_is_not_there_is_said_before_anything_runs(monkeypa
         check_server(ServingConfig(model_name="m", device="cuda"))
     assert ServerError.exit_code == 4
     check_server(ServingConfig(model_name="m"))
+    with pytest.raises(ServerError, match=r"backend=python_tensorrt runs the engine, .* there is no NVIDIA GPU"):
+        check_server(ServingConfig(model_name="m", backend="python_tensorrt"))
     # Another machine's GPU: the server at the url has it.
     check_server(ServingConfig(model_name="m", device="cuda", url="there:8001", repository="/models"))
 

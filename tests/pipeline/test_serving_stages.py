@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from export.engine_session import EngineUnavailable
+from pipeline import environment
 from pipeline.endpoint import deployed
 from pipeline.errors import GateFailed, Unavailable
 from pipeline.serving_stages import _load_gates, serve_in_foreground
@@ -23,8 +25,12 @@ from serving.model_repository import versions
 from serving.servers import SERVERS, Ports, ServerError
 from tests.pipeline.small_run import PERFECT, SmallRun
 from tests.serving.pixel_means import needs_tritonserver
+from tests.stand_in_engine import use_stand_in_gpu
 
 pytestmark = [pytest.mark.server, needs_tritonserver, pytest.mark.timeout(120)]
+
+
+GPU_FACTS = environment.facts() | {"gpus": [{"name": "Stand-in GPU"}], "gpu_reason": None}
 
 
 @pytest.fixture
@@ -52,18 +58,38 @@ def test_other_servers_get_a_configuration_of_a_model_that_they_can_run_alone(
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"status": "built", "library": "tensorrt_rtx", "version": "1.6"}, r"tensorrt_rtx 1\.6 built .*cannot load"),
+        ({"library": "tensorrt_rtx", "version": "1.6"}, r"tensorrt_rtx 1\.6 built .*cannot load.*=python_tensorrt"),
+        ({"library": "tensorrt", "batch_sizes": [4, 8, 8]}, r"this one takes 4 or more; set export\.min_batch_size=1"),
         ({"status": "not run", "reason": "no TensorRT here"}, "was not built: no TensorRT here"),
     ],
 )
-def test_an_engine_that_tritons_backend_cannot_load_is_not_published(
-    small_run: SmallRun, engine: dict[str, str], message: str
+def test_an_engine_that_tritons_backend_cannot_serve_is_not_published(
+    small_run: SmallRun, engine: dict[str, Any], message: str
 ) -> None:
-    small_run.facts["engine"] = engine
+    small_run.facts["engine"] |= engine
     small_run.serving |= {"server": "container", "backend": "tensorrt"}
     with pytest.raises(Unavailable, match=message):
         small_run.run()
     assert Unavailable.exit_code == 4
+    assert not small_run.repository.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "10.98.0"}, r"built with tensorrt 10\.98\.0, found tensorrt 10\.99\.0"),
+        ({"gpu": "NVIDIA A10"}, r"built and tuned on NVIDIA A10, found Stand-in GPU"),
+    ],
+)
+def test_an_engine_of_another_version_or_gpu_is_not_published(
+    small_run: SmallRun, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_stand_in_gpu(monkeypatch)
+    monkeypatch.setattr(environment, "facts", lambda: GPU_FACTS)
+    small_run.engine_record = changes
+    small_run.serving |= {"backend": "python_tensorrt"}
+    with pytest.raises(EngineUnavailable, match=message):
+        small_run.run()
     assert not small_run.repository.exists()
 
 

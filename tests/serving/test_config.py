@@ -13,8 +13,15 @@ from serving.config import BenchmarkConfig, ServingConfig
     ("changes", "message"),
     [
         ({"server": "whale"}, r"serving\.server is 'whale', expected one of wheel, path, container"),
-        ({"backend": "torch"}, r"serving\.backend is 'torch', expected one of python, onnxruntime, tensorrt"),
+        (
+            {"backend": "torch"},
+            r"serving\.backend is 'torch', expected one of python, python_tensorrt, onnxruntime",
+        ),
         ({"backend": "tensorrt"}, r"the wheel's server has the python backend only"),
+        (
+            {"backend": "python_tensorrt", "device": "cpu"},
+            r"needs a GPU, but serving\.device is 'cpu'",
+        ),
         ({"model_name": "a.b"}, r"serving\.model_name is 'a\.b': only letters"),
         ({"model_name": ""}, r"serving\.model_name is ''"),
         ({"device": "gpu"}, r"serving\.device is 'gpu', expected one of auto, cpu, cuda"),

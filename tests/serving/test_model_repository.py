@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import serving.model_repository as model_repository
+from export.engine_session import record_of
 from export.signature import DetectorSignature
 from serving.model_config import DynamicBatching, ModelConfig
 from serving.model_repository import (
@@ -25,6 +26,7 @@ from serving.model_repository import (
     verify_config,
     versions,
 )
+from tests.stand_in_engine import write_engine
 
 
 def publish_model(repository: Path, model_file: Path, signature: DetectorSignature, **changes: Any) -> int:
@@ -48,6 +50,7 @@ def test_a_version_holds_model_backend_signature_labels_and_manifest(
     assert {path.name for path in version.iterdir()} == {
         "model.onnx",
         "model.py",
+        "batched_requests.py",
         "candidate_nms.py",
         "signature.json",
         "labels.txt",
@@ -64,11 +67,26 @@ def test_a_version_holds_model_backend_signature_labels_and_manifest(
 def test_the_other_backends_get_the_model_file_alone(
     tmp_path: Path, model_file: Path, signature: DetectorSignature
 ) -> None:
-    publish_model(tmp_path, model_file, signature, model_name="plan", backend="tensorrt")
+    plan = write_engine(tmp_path / "engine", model_file)
+    publish_model(tmp_path, plan, signature, model_name="plan", backend="tensorrt")
     publish_model(tmp_path, model_file, signature, model_name="onnx", backend="onnxruntime")
-    assert (tmp_path / "plan" / "1" / "model.plan").is_file()
+    assert record_of(tmp_path / "plan" / "1" / "model.plan") == record_of(plan), "which says what it runs on"
     assert (tmp_path / "onnx" / "1" / "model.onnx").is_file()
     assert not list(tmp_path.rglob("*.py"))
+
+
+def test_the_python_backends_get_all_that_they_import(
+    tmp_path: Path, model_file: Path, signature: DetectorSignature
+) -> None:
+    publish_model(tmp_path, model_file, signature, model_name="onnx", backend="python")
+    plan = write_engine(tmp_path / "engine", model_file)
+    publish_model(tmp_path, plan, signature, model_name="plan", backend="python_tensorrt")
+    shared = {"model.py", "batched_requests.py", "candidate_nms.py"}
+    assert {path.name for path in (tmp_path / "onnx" / "1").glob("*.py")} == shared
+    assert {path.name for path in (tmp_path / "plan" / "1").glob("*.py")} == shared | {"engine_session.py"}
+    (tmp_path / "plan" / "1" / "engine.json").write_text("{}")
+    with pytest.raises(RepositoryDamaged, match=r"engine\.json has SHA-256"):
+        verify(tmp_path / "plan" / "1")
 
 
 def test_the_same_model_is_not_published_twice(tmp_path: Path, model_file: Path, signature: DetectorSignature) -> None:
