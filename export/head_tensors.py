@@ -20,7 +20,7 @@ from detectron2.modeling.meta_arch.rcnn import GeneralizedRCNN
 from torch import nn
 
 from export.graph_parts import HEAD_PREFIX, DetectorGraph, named_levels
-from export.runners import usable_providers
+from export.providers import usable_providers
 
 HeadTensors = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 """Called with a (3, H, W) uint8 canvas; returns the head's tensors of it by name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -14,6 +13,7 @@ from torch import nn
 
 from export.candidate_nms import CANDIDATES, outputs_from_candidates
 from export.engine_session import EngineSession
+from export.providers import check_loaded, usable_providers
 from export.signature import Detections, DetectorSignature, detections_from_outputs
 
 
@@ -86,7 +86,7 @@ class OnnxRuntimeRunner(Runner):
         signature: DetectorSignature,
         num_threads: int | None = None,
         allow_spinning: bool = True,
-        providers: Sequence[str] | None = None,
+        providers: Sequence[Any] | None = None,
         optimize: bool = True,
     ) -> None:
         """Load the file.
@@ -96,8 +96,11 @@ class OnnxRuntimeRunner(Runner):
             signature: the one beside it.
             num_threads: of one operator; None lets ONNX Runtime take every core.
             allow_spinning: whether idle threads spin; off where others share the cores.
-            providers: ONNX Runtime's execution providers; None takes CUDA when it is usable, and the CPU.
+            providers: see :func:`export.providers.session_providers`; None takes CUDA when it is usable, and the CPU.
             optimize: whether ONNX Runtime may rewrite the graph; False runs it node by node, as it is written.
+
+        Raises:
+            ProviderUnavailable: ONNX Runtime went on without the first of ``providers``.
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -107,9 +110,9 @@ class OnnxRuntimeRunner(Runner):
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.signature = signature
-        self._session = onnxruntime.InferenceSession(
-            str(onnx_path), options, providers=usable_providers() if providers is None else list(providers)
-        )
+        asked = usable_providers() if providers is None else list(providers)
+        self._session = onnxruntime.InferenceSession(str(onnx_path), options, providers=asked)
+        check_loaded(self._session, asked)
         self._output_names = [output.name for output in self._session.get_outputs()]
 
     @property
@@ -137,25 +140,6 @@ def _detections(outputs: Mapping[str, np.ndarray], signature: DetectorSignature)
             canvas_width=signature.canvas_width,
         )
     return detections_from_outputs(outputs)
-
-
-def usable_providers() -> list[Any]:
-    """CUDA with true float32 where the build has it and a device answers, then the CPU."""
-    cpu = "CPUExecutionProvider"
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not _has_nvidia_gpu():
-        return [cpu]
-    onnxruntime.preload_dlls()
-    return [("CUDAExecutionProvider", {"use_tf32": "0"}), cpu]
-
-
-def _has_nvidia_gpu() -> bool:
-    """Whether the NVIDIA driver is there and sees a device."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int()
-    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 class TensorRTRunner(Runner):

@@ -33,6 +33,7 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     export.precision.ModelOptMissing                    4   NVIDIA ModelOpt, which makes the precision, is not installed
     export.precision.TooFewCalibrationImages            2   the training set is smaller than the calibration asked for
     export.precision_audit.PrecisionMismatch            3   layers do not have the precision asked for
+    export.providers.ProviderUnavailable                4   ONNX Runtime cannot use a provider on this machine
     export.engine_session.EngineUnavailable             4   no TensorRT, no GPU, or an engine of another GPU or version
     export.engine_session.EngineDamaged                 5   a plan is not the one that was built
     serving.preprocessing.ImageError                    2   an image cannot be read or is gigantic

@@ -29,6 +29,7 @@ from pipeline.artifact import digest
 from pipeline.model_files import ENGINE, ONNX_MODEL, ONNX_RUNTIME, TENSORRT, precision_of, typed_onnx
 from pipeline.other_canvases import add_other_canvases, canvas_name, export_other_canvases
 from pipeline.precision_rungs import add_precision_rungs, floor_of, precision_head_differences
+from pipeline.provider_rungs import add_provider_rungs
 from pipeline.stage import Gate, StageContext, StageResult
 from pipeline.training_stages import REMOVED_TENSORS_FILE, STUDENT_CHECKPOINT, dataset_of, student_of
 from serving.preprocessing import canvas_from_image
@@ -178,6 +179,7 @@ def _validated(context: StageContext) -> StageResult:
     ladder.match(GRAPH, ON_CANVAS)
     matching, invariance = _add_onnxruntime(ladder, context, signature)
     engine_source = add_precision_rungs(ladder, context, signature)
+    providers = add_provider_rungs(ladder, context, signature)
     _add_tensorrt(ladder, context, signature, engine_source)
     add_other_canvases(ladder, context, student)
     head_tensors = {
@@ -191,6 +193,7 @@ def _validated(context: StageContext) -> StageResult:
             *head_differences(head_tensors, ladder.canvases(NUM_HEAD_IMAGES)),
             *precision_head_differences(context, ladder.canvases(NUM_HEAD_IMAGES)),
         ],
+        "onnxruntime_providers": providers,
         "matching": dataclasses.asdict(matching),
         "batch_invariance": dataclasses.asdict(invariance),
         "per_class": ladder.per_class(REFERENCE, ONNX_RUNTIME),

@@ -117,7 +117,7 @@ STAGES = (
     ),
     Stage(
         name="validate",
-        version=2,
+        version=3,
         inputs=("data", "strip", "export", "precision", "engine"),
         config_sections=("model", "export", "parity", "training"),
         environment_keys=("torch", "detectron2", "onnxruntime", "gpus"),
