@@ -176,7 +176,8 @@ def precision(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]
 def engine(manifests: Manifests, absent: Mapping[str, str]) -> dict[str, Any]:
     """The TensorRT engine, and the architectures it could not be built for, or why there is none."""
     facts, head = section("engine", manifests, absent)
-    keys = ("library", "version", "precision", "compute_capabilities", "size_bytes", "seconds", "inspector", "run")
+    built = ("library", "version", "precision", "batch_sizes", "gpu", "compute_capabilities", "size_bytes", "seconds")
+    keys = (*built, "timing_cache", "inspector", "run")
     by_name = {key: facts.get(key) or {} for key in ("layers_by_dtype", "products_by_dtype", "excluded")}
     return {**head, **pick(facts, keys), **by_name}
 

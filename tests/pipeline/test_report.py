@@ -521,6 +521,16 @@ def test_the_engine_names_the_architectures_it_could_not_be_built_for(manifests:
     assert "not built for compute capability 12.0: needs 1.2 GB \\| more than it has" in markdown
 
 
+def test_the_engine_says_its_batches_and_whose_timings_it_used(manifests: Any, run_dir: Path) -> None:
+    manifests["engine"]["facts"] |= {"gpu": "NVIDIA L4", "timing_cache": "began empty: warning: damaged"}
+    page, markdown = written(report_of(run_dir, manifests), run_dir)
+    text = read_page(page).text
+    assert "batches: smallest, tuned for, largest 1, 4, 8 built on NVIDIA L4" in text
+    assert "timing cache began empty: warning: damaged" in text
+    assert "batches 1, 4, 8 (smallest, tuned for, largest), built on NVIDIA L4, compute capabilities" in markdown
+    assert "Timing cache: began empty: warning: damaged." in markdown
+
+
 def with_teacher(manifests: dict[str, Any], *teacher_aps: float) -> None:
     points = [
         {"iteration": 3000 * i, "fraction": float(i), "AP": ap, "AP50": ap + 9} for i, ap in enumerate(teacher_aps)
