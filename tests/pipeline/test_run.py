@@ -106,7 +106,10 @@ def test_a_run_is_up_to_date_when_no_stage_would_be_built(toy: Toy) -> None:
     with pytest.raises(GateFailed):
         toy.run()
     assert is_up_to_date(), "a failed gate is not measured again"
-    (toy.run_dir / "train" / "files" / "out.txt").write_text("damaged")
+    toy.external = "other annotations"
+    assert not is_up_to_date()
+    toy.external = "outside"
+    (toy.run_dir / "train" / "manifest.json").write_text("{}")
     assert not is_up_to_date()
 
 
