@@ -76,6 +76,20 @@ def check_serves_nms(nms: NmsChoice, config: ServingConfig) -> None:
         )
 
 
+def check_serves_batches(min_batch_size: int, config: ServingConfig) -> None:
+    """Check that an engine that takes no single images goes where smaller batches are filled up.
+
+    Raises:
+        RecipeError: Triton's own backend would refuse them, request by request.
+    """
+    if min_batch_size > 1 and config.backend == "tensorrt":
+        raise RecipeError(
+            f"export.min_batch_size={min_batch_size} makes an engine without smaller batches, and "
+            "serving.backend=tensorrt gives it the requests as they come; set serving.backend=python_tensorrt, which "
+            "fills them up, or export.min_batch_size=1"
+        )
+
+
 def check_served_precision(precision: str, config: ServingConfig) -> None:
     """Check that what serves the recipe's ONNX file computes in its precision.
 

@@ -10,7 +10,7 @@ from export.config import AS_EXPORTED, ExportConfig
 from export.detector_graph import check_supported, detector_graph, signature_of
 from export.precision import check_modelopt, num_calibration_images
 from export.targets.tensorrt_target import UnsupportedEngine, incapable
-from pipeline.endpoint import check_served_precision, check_server, check_serves_nms
+from pipeline.endpoint import check_served_precision, check_server, check_serves_batches, check_serves_nms
 from pipeline.errors import RecipeError
 from pipeline.other_canvases import other_signatures
 from pipeline.overrides import one_line
@@ -40,7 +40,8 @@ def preflight(recipe: Recipe, *, serves: bool = True) -> None:
 
     Raises:
         RecipeError: the model cannot be built, the distiller's schedule lies outside the training, the server's backend
-            cannot do the NMS, or a model that was trained elsewhere has no images to calibrate its precision on.
+            cannot do the NMS or the batches, or a model that was trained elsewhere has no images to calibrate its
+            precision on.
         UnsupportedStudent, StudentUnsuited, LgdInputError, UnsupportedDetector: distiller or export do not fit the
             student.
         LaunchError: the processes do not fit the batch or the machine.
@@ -65,6 +66,7 @@ def preflight(recipe: Recipe, *, serves: bool = True) -> None:
     check_exportable(student, export)
     check_conversion(export, recipe.sections["dataset"], imported=isinstance(config, ImportConfig))
     check_serves_nms(export.nms, serving)
+    check_serves_batches(export.min_batch_size, serving)
     if serves:
         check_served_precision(export.precision, serving)
     check_server(serving)

@@ -15,29 +15,21 @@ from serving.config import ServingConfig
 def check_engine_built(facts: Mapping[str, Any], config: ServingConfig) -> None:
     """Check that there is an engine and that the backend reads it.
 
-    Triton's tensorrt backend reads engines of TensorRT, not those of TensorRT-RTX, and gives them batches of any size.
+    Triton's tensorrt backend reads engines of TensorRT, not those of TensorRT-RTX.
 
     Args:
         facts: of the engine stage.
 
     Raises:
-        Unavailable: it was not built, or is of the other library, or takes no single images.
+        Unavailable: it was not built, or is of the other library.
     """
     if facts["status"] != "built":
         raise Unavailable(f"serving.backend={config.backend} serves the engine, which was not built: {facts['reason']}")
-    if config.backend != "tensorrt":
-        return
-    if facts["library"] != "tensorrt":
+    if config.backend == "tensorrt" and facts["library"] != "tensorrt":
         raise Unavailable(
             f"serving.backend=tensorrt serves a TensorRT engine, but {facts['library']} {facts['version']} built this "
             "run's, which Triton's tensorrt backend cannot load. Install tensorrt, in the version of the server, "
             "and run again from the engine stage (--from engine), or set serving.backend=python_tensorrt"
-        )
-    smallest = facts["batch_sizes"][0]
-    if smallest > 1:
-        raise Unavailable(
-            f"serving.backend=tensorrt gives the engine batches from 1 on and this one takes {smallest} or more; set "
-            "export.min_batch_size=1, or serving.backend=python_tensorrt, which fills smaller batches up"
         )
 
 

@@ -90,10 +90,18 @@ def test_an_engine_without_a_gpu_is_unavailable_with_exit_code_4(exported: Expor
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="not run: no NVIDIA GPU")
-def test_an_engine_agrees_with_onnx_runtime_on_the_gpu(exported: Exported, tmp_path: Path) -> None:
+@pytest.mark.parametrize("min_batch_size", [1, 8])
+def test_an_engine_agrees_with_onnx_runtime_on_the_gpu(exported: Exported, tmp_path: Path, min_batch_size: int) -> None:
     major, minor = torch.cuda.get_device_capability()
     signature = exported.signature
-    build_engine(exported.path, tmp_path / "model.plan", signature, compute_capabilities=(f"{major}{minor}",))
+    capabilities = (f"{major}{minor}",)
+    build_engine(
+        exported.path,
+        tmp_path / "model.plan",
+        signature,
+        compute_capabilities=capabilities,
+        min_batch_size=min_batch_size,
+    )
     images = np.stack(canvases(signature.canvas_height, signature.canvas_width, 5))
     with (
         TensorRTRunner(tmp_path / "model.plan", signature) as engine,

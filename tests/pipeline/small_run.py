@@ -45,13 +45,7 @@ class SmallRun:
         self.facts: dict[str, Any] = {
             "export": {"nms": "portable"},
             "precision": "fp32",
-            "engine": {
-                "status": "built",
-                "reason": "",
-                "library": "tensorrt_rtx",
-                "version": "1.6",
-                "batch_sizes": [1, 8, 8],
-            },
+            "engine": {"status": "built", "reason": "", "library": "tensorrt_rtx", "version": "1.6"},
             "in_process": [],  # as good as what the model of pixel means finds
             "in process, int8 on a CPU": [],
             "onnxruntime": {"AP": 11.0},

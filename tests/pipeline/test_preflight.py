@@ -57,6 +57,12 @@ def launched(command: str, *overrides: str) -> Recipe:
             RecipeError,
             r"serving\.backend=onnxruntime runs the model alone; set serving\.backend=python",
         ),
+        (
+            ["export.min_batch_size=2", "serving.server=path", "serving.backend=tensorrt"],
+            RecipeError,
+            r"export\.min_batch_size=2 .*set serving\.backend=python_tensorrt",
+        ),
+        (["export.opt_batch_size=5"], RecipeError, r"export\.opt_batch_size 5 and export\.max_batch_size 4, expected"),
         (["model.backbone.bottom_up.name=mobilenet_v2"], UnsupportedBackbone, r"mobilenetv2_"),
         (["model.head_in_features=[p2,p3]"], StudentUnsuited, r"backbone has no p2, only p3, p4, p5, p6, p7"),
         (["distiller.use_masks=true"], StudentUnsuited, r"use_masks is true and the student has no mask head"),
