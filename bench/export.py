@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from export.signature import Detections, DetectorSignature  # noqa: E402
 
 ZOO = ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
 NUM_WARMUP = 2
+NAMES = tuple(dict.fromkeys(name for names in CONTENDERS.values() for name in names))
+KEPT = (REFERENCE, OURS["cpu"][0])  # whatever else is left out
 Rows = list[dict[str, Any]]
 
 
@@ -52,7 +54,7 @@ def main() -> int:
     torch.backends.cudnn.allow_tf32 = False  # float32 is what is compared
     tables = [table for subject in _subjects(arguments) for table in measured(subject, arguments)]
     if arguments.write:
-        settings = {key: getattr(arguments, key) for key in ("threads", "rounds", "size", "spinning")}
+        settings = {key: getattr(arguments, key) for key in ("threads", "rounds", "size", "spinning", "only")}
         run = "--run RUN " if arguments.run is not None else ""
         command = f"python bench/export.py {run}--threads {arguments.threads} --rounds {arguments.rounds} --write"
         print(f"written to {write_result('export', {'settings': settings, 'tables': tables}, command)}")
@@ -77,20 +79,20 @@ def measured(subject: Subject, arguments: argparse.Namespace) -> Iterator[dict[s
                 scratch=Path(scratch),
             )
             for batch_size in (1, subject.signature.max_batch_size):
-                rows, limits = raced(subject, setting, batch_size, arguments.rounds)
+                rows, limits = raced(subject, setting, batch_size, arguments.rounds, {*KEPT, *arguments.only})
                 table = {**facts, "batch_size": batch_size, **judged(rows, limits, device, batch_size, gigaoperations)}
                 _print(table)
                 yield table
 
 
 def raced(
-    subject: Subject, setting: Setting, batch_size: int, num_rounds: int
+    subject: Subject, setting: Setting, batch_size: int, num_rounds: int, only: Set[str]
 ) -> tuple[Rows, dict[tuple[str, str], float]]:
     """Each contender's row with its seconds a batch by round, and the best GFLOP/s of each product."""
     torch._dynamo.reset()
     batches = [subject.canvases[i : i + batch_size] for i in range(0, len(subject.canvases), batch_size)]
     batches = [batch for batch in batches if len(batch) == batch_size]
-    prepared = [_prepared(name, subject, setting, batches) for name in CONTENDERS[setting.device.type]]
+    prepared = [_prepared(name, subject, setting, batches) for name in CONTENDERS[setting.device.type] if name in only]
     reference = next(found for row, _, found in prepared if row["name"] == REFERENCE)
     runs: dict[Any, Callable[[int], object]] = {}
     for row, run, found in prepared:
@@ -223,6 +225,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, help="folder of a run that came as far as export")
     parser.add_argument("--recipe", help="the run's recipe; by default the one that the folder is called after")
     parser.add_argument("--zoo", nargs="*", default=list(ZOO), metavar="CONFIG", help="of detectron2's model zoo")
+    parser.add_argument("--only", nargs="*", choices=NAMES, default=list(NAMES), metavar="FORM", help=f"of {NAMES}")
     parser.add_argument("--size", type=int, default=320, help="edge of the zoo's square canvas, pixels")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch and ONNX Runtime")
     parser.add_argument("--spinning", action="store_true", help="let ONNX Runtime's idle threads spin, in every file")

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
@@ -33,7 +33,7 @@ from record import write_result  # noqa: E402
 from export.average_precision import average_precision  # noqa: E402
 from export.config import NmsChoice  # noqa: E402
 from export.detector_graph import detector_graph, signature_of  # noqa: E402
-from export.graph_parts import Nms, ended, nms_of  # noqa: E402
+from export.graph_parts import DetectorGraph, Nms, Outputs, ended, nms_of  # noqa: E402
 from export.nms import rows  # noqa: E402
 from export.runners import OnnxRuntimeRunner, Runner, TensorRTRunner  # noqa: E402
 from export.signature import DetectorSignature  # noqa: E402
@@ -120,8 +120,10 @@ def nms_signature() -> DetectorSignature:
     )
 
 
-class NmsOfScenes(nn.Module):
+class NmsOfScenes(DetectorGraph):
     """Takes images whose first pixel is the number of a scene; the rest of a detector is that look-up."""
+
+    head_tensor_names = ()
 
     def __init__(self, signature: DetectorSignature, nms: Nms | None) -> None:
         super().__init__()
@@ -129,9 +131,9 @@ class NmsOfScenes(nn.Module):
         for name, values in zip(("boxes", "scores", "labels"), zip(*scenes().values(), strict=True), strict=True):
             self.register_buffer(name, torch.stack(values))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def with_head_tensors(self, images: Tensor) -> tuple[Outputs, dict[str, Tensor]]:
         scene = images[:, 0, 0, 0].long()
-        return ended(self.boxes[scene], self.scores[scene], self.labels[scene], self.nms, self.signature)
+        return ended(self.boxes[scene], self.scores[scene], self.labels[scene], self.nms, self.signature), {}
 
 
 def best_without_nms(
