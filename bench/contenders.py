@@ -20,10 +20,11 @@ from torch import nn
 
 from export.cpu_quantization import write_cpu_int8
 from export.detector_graph import detector_graph
-from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner, usable_providers
+from export.engine_session import EngineUnavailable
+from export.providers import usable_providers
+from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
 from export.signature import Detections
 from export.targets.onnx_target import OPSET, export_onnx, quiet
-from export.targets.tensorrt_target import EngineUnavailable
 
 Run = Callable[[np.ndarray], list[Detections]]
 
