@@ -21,13 +21,14 @@ LARGEST = 16384.0
 """A quarter of float16's largest number. ModelOpt's own 512 is for coordinates, which are absolute and in the tail."""
 
 
-def autocast(source: str, target: str, precision: str, calibration: str) -> None:
+def autocast(source: str, target: str, precision: str, calibration: str, float32_nodes: list[str]) -> None:
     """fp16 or bf16: a layer whose inputs or outputs pass ``LARGEST`` on the calibration images stays float32."""
     from modelopt.onnx.autocast import convert_to_mixed_precision
 
     model = convert_to_mixed_precision(
         source,
         low_precision_type=precision,
+        nodes_to_exclude=_patterns(float32_nodes),
         data_max=LARGEST,
         keep_io_types=True,
         calibration_data=calibration,
@@ -36,7 +37,7 @@ def autocast(source: str, target: str, precision: str, calibration: str) -> None
     onnx.save(model, target)
 
 
-def quantize(source: str, target: str, precision: str, calibration: str, float32_layers: list[str]) -> None:
+def quantize(source: str, target: str, precision: str, calibration: str, float32_nodes: list[str]) -> None:
     """int8 or fp8: Q/DQ nodes around the layers, scales from the calibration images, float32 between them.
 
     ModelOpt would make the rest float16. ONNX Runtime 1.31 then computes nonsense from an int8 file, unless its graph
@@ -50,13 +51,17 @@ def quantize(source: str, target: str, precision: str, calibration: str, float32
         calibration_data=dict(np.load(calibration)),
         calibration_method="entropy" if precision == "int8" else "max",  # ModelOpt's fp8 scales are those of "max"
         calibration_eps=["cpu"],
-        nodes_to_exclude=[f"^{re.escape(name)}$" for name in float32_layers],
+        nodes_to_exclude=_patterns(float32_nodes),
         high_precision_dtype="fp32",
         output_path=target,
         log_level="ERROR",
     )
 
 
+def _patterns(names: list[str]) -> list[str]:
+    return [f"^{re.escape(name)}$" for name in names]
+
+
 if __name__ == "__main__":
     job = json.loads(Path(sys.argv[1]).read_text())
-    (quantize if "float32_layers" in job else autocast)(**job)
+    {"quantize": quantize, "autocast": autocast}[job["tool"]](**job["options"])

@@ -21,6 +21,7 @@ import onnx
 from onnx import ModelProto
 
 from export.config import AS_EXPORTED, ExportConfig
+from export.deformable_sampling import as_samples, position_nodes
 from export.precision_audit import (
     QUANTIZED,
     check_float32_tail,
@@ -109,11 +110,12 @@ def write_typed_onnx(source: Path, target: Path, precision: str, images: np.ndar
 
     Raises:
         ModelOptMissing: it is not installed.
+        UnsupportedDeformConv: a deformable convolution cannot be written in operators that TensorRT has.
         PrecisionMismatch: the conversion does not keep the rule.
     """
     check_modelopt(precision)
     start = time.monotonic()
-    model = onnx.load(source)
+    model = as_samples(onnx.load(source))
     trunk = trunk_of(model)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         converted = _converted(trunk, precision, images, Path(scratch).resolve())  # where the tool runs
@@ -152,9 +154,10 @@ def _converted(trunk: ModelProto, precision: str, images: np.ndarray, scratch: P
     onnx.save(trunk, paths["source"])
     calibration = scratch / "calibration.npz"
     np.savez(calibration, **{trunk.graph.input[0].name: images})
-    job: dict[str, object] = {**paths, "precision": precision, "calibration": str(calibration)}
-    if precision in QUANTIZED:
-        job["float32_layers"] = list(outermost(trunk))
+    float32_nodes = [*position_nodes(trunk), *(outermost(trunk) if precision in QUANTIZED else ())]
+    tool = "quantize" if precision in QUANTIZED else "autocast"
+    options = {**paths, "precision": precision, "calibration": str(calibration), "float32_nodes": float32_nodes}
+    job = {"tool": tool, "options": options}
     (scratch / "job.json").write_text(json.dumps(job))
     _run([str(_TOOL), str(scratch / "job.json")], scratch)
     return onnx.load(paths["target"])

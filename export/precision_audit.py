@@ -4,8 +4,9 @@ The rule:
 
 * The tail (:mod:`export.trunk`) computes in float32.
 * Compute layers are convolutions and matrix products. Exempt are those of the tail; in int8 and fp8 the first and the
-  last of the trunk (:func:`export.trunk.outermost`); in fp8 convolutions of 16 channels or less, which gain nothing
-  from it. Of the multiplications of all others, nine in ten or more are of the type asked for.
+  last of the trunk (:func:`export.trunk.outermost`) and the operator ``DeformConv``, which nothing quantizes; in fp8
+  convolutions of 16 channels or less, which gain nothing from it. Of the multiplications of all others, nine in ten or
+  more are of the type asked for.
 * A compute layer is of the type asked for or of float32, and of no other; at least one is of the type asked for.
 
 Types carry TensorRT's names. A layer between Q/DQ nodes is of the type that its factors are quantized to.
@@ -64,8 +65,12 @@ def compute_layers(model: ModelProto, precision: str) -> list[ComputeLayer]:
     for node, in_tail, tensors in _visited(graph):
         if node.op_type not in COMPUTE:
             continue
-        narrow = precision == "fp8" and 0 < tensors.num_channels(node) <= NARROW
-        why = "float32 tail" if in_tail else exempt.get(node.name, f"{NARROW} channels or less" if narrow else "")
+        other = ""
+        if precision in QUANTIZED and node.op_type == "DeformConv":
+            other = "no quantized form"
+        elif precision == "fp8" and 0 < tensors.num_channels(node) <= NARROW:
+            other = f"{NARROW} channels or less"
+        why = "float32 tail" if in_tail else exempt.get(node.name, other)
         layers.append(
             ComputeLayer(
                 name=node.name,

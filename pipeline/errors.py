@@ -30,6 +30,7 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.backbones.weight_file.WeightsUnusable      2   pretrained weights are missing or of another network
     export.detector_graph.UnsupportedDetector           2   the detector has no export graph
     export.targets.tensorrt_target.UnsupportedEngine    2   the recipe asks for an engine that cannot be built
+    export.deformable_sampling.UnsupportedDeformConv    2   a deformable convolution has no form for TensorRT
     export.precision.ModelOptMissing                    4   NVIDIA ModelOpt, which makes the precision, is not installed
     export.precision.TooFewCalibrationImages            2   the training set is smaller than the calibration asked for
     export.precision_audit.PrecisionMismatch            3   layers do not have the precision asked for

@@ -12,16 +12,21 @@ from detectron2.modeling.meta_arch.fcos import FCOS
 from detectron2.modeling.meta_arch.retinanet import RetinaNet
 from torch import Tensor, nn
 
+from training.backbones.deformable import DeformableBottleneckBlock
+from training.detectors.distribution_retinanet import DistributionRetinaNet
+from training.detectors.gfl_detector import GflDetector
+from training.detectors.location_detector import LocationDetector
+
 # Random residual blocks of full strength multiply a rounding error with every block: after a ResNet-50's, float32 was
 # 8e-5 of a feature's deviation from float64, and with this gain 1e-5 (192 x 256 pixels).
 RESIDUAL_GAIN = 0.25
-LAST_CONVOLUTIONS: dict[type, str] = {BasicBlock: "conv2", BottleneckBlock: "conv3"}
+LAST_CONVOLUTIONS: dict[type, str] = {BasicBlock: "conv2", BottleneckBlock: "conv3", DeformableBottleneckBlock: "conv3"}
 Spread = tuple[nn.Module, float, float]  # a last layer, and the deviation and mean that its outputs get
 
 
 @torch.no_grad()
 def calibrate(detector: nn.Module, images: Sequence[np.ndarray]) -> None:
-    """Change the norms' statistics and the last layers of a RetinaNet, FCOS, Faster or Mask R-CNN, none of its shapes.
+    """Change the norms' statistics and the last layers of a detector of any exported family, none of its shapes.
 
     Args:
         detector: stock, on the CPU.
@@ -46,7 +51,12 @@ def calibrate(detector: nn.Module, images: Sequence[np.ndarray]) -> None:
 
 
 def _last_layers(detector: nn.Module) -> Iterator[list[Spread]]:
-    if isinstance(detector, RetinaNet):
+    if isinstance(detector, DistributionRetinaNet | GflDetector):  # near 0 all distributions, and all boxes, are alike
+        yield [(detector.head.cls_score, 1.0, -4.0), (detector.head.bbox_pred, 3.0, 0.0)]
+    elif isinstance(detector, LocationDetector):
+        head = detector.head
+        yield [(head.cls_score, 1.0, -4.0), (head.bbox_pred, 1.0, 1.5), (head.centerness, 1.0, 0.0)]
+    elif isinstance(detector, RetinaNet):
         yield [(detector.head.cls_score, 1.0, -5.0), (detector.head.bbox_pred, 0.3, 0.0)]
     elif isinstance(detector, FCOS):
         head = detector.head

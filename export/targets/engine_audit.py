@@ -10,10 +10,9 @@ from __future__ import annotations
 import collections
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import onnx
+from onnx import ModelProto
 
 from export.precision_audit import (
     TYPE_OF,
@@ -36,16 +35,16 @@ class LayerTypes(NamedTuple):
     products: dict[str, int]
 
 
-def audit_network(network: Any, precision: str, onnx_path: Path) -> LayerTypes:
+def audit_network(network: Any, precision: str, model: ModelProto, where: str) -> LayerTypes:
     """The types of a network that has the precision asked for.
 
     Args:
-        network: what TensorRT parsed from the file.
+        network: what TensorRT parsed from the model.
+        where: the model's file, for messages.
 
     Raises:
         PrecisionMismatch: names the layers that are not of the precision asked for.
     """
-    model = onnx.load(onnx_path)
     layers = compute_layers(model, precision)
     written = {layer.name: layer.type for layer in layers}
     found: collections.Counter[str] = collections.Counter()
@@ -63,12 +62,12 @@ def audit_network(network: Any, precision: str, onnx_path: Path) -> LayerTypes:
     ]
     if offenders:
         raise PrecisionMismatch(
-            f"engine: {precision} was asked for, but {len(offenders)} of {network.num_layers} layers of {onnx_path} "
+            f"engine: {precision} was asked for, but {len(offenders)} of {network.num_layers} layers of {where} "
             f"are not: {', '.join(offenders[:5])}. Strongly typed, the engine would run them as they are; run again "
             "from the export stage (--from export --force)."
         )
-    check_precision(layers, precision, str(onnx_path))
-    check_float32_tail(model, str(onnx_path))
+    check_precision(layers, precision, where)
+    check_float32_tail(model, where)
     multiplied = collections.Counter(kind for _, kind in products)
     return LayerTypes(dict(found.most_common()), dict(multiplied.most_common()))
 

@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import onnx
+from google.protobuf.message import DecodeError
+
+from export.deformable_sampling import as_samples
 from export.engine_session import EngineRecord, EngineUnavailable, quiet_logger
 from export.precision_audit import TYPE_OF
 from export.signature import DetectorSignature
@@ -103,6 +107,8 @@ def build_engine(
 ) -> EngineFacts:
     """Build an engine for batches of up to ``signature.max_batch_size``; write its plan and its record.
 
+    Deformable convolutions, which TensorRT-RTX has not, are built as :mod:`export.deformable_sampling` writes them.
+
     Args:
         onnx_path: from :func:`export.targets.onnx_target.export_onnx` or :func:`export.precision.write_typed_onnx`.
         plan_path: the file to write; it appears under its name only when it is whole. Its record, and the timing cache
@@ -117,6 +123,7 @@ def build_engine(
 
     Raises:
         UnsupportedEngine: unknown precision or architecture, or TensorRT refuses the graph, with the node's name.
+        UnsupportedDeformConv: a deformable convolution has no such form.
         PrecisionMismatch: a layer is not of the precision asked for.
         EngineUnavailable: no usable TensorRT, or this one has no NMS layer and the graph asks for it.
     """
@@ -126,9 +133,10 @@ def build_engine(
     logger = quiet_logger(trt)
     start = time.monotonic()
     builder = trt.Builder(logger)
-    network, _parser = _parsed(trt, builder, logger, onnx_path)  # the parser holds the network's weights
+    model = _read(trt, onnx_path)
+    network, _parser = _parsed(trt, builder, logger, model, onnx_path)  # the parser holds the network's weights
     _check_nms(trt, network)
-    types = audit_network(network, precision, onnx_path)
+    types = audit_network(network, precision, model, str(onnx_path))
     asked = compute_capabilities if hasattr(trt, "ComputeCapability") else [_this_gpu()[1]]
     excluded = incapable(precision, asked) | _impossible(trt, network, asked)
     remaining = [name for name in asked if name not in excluded]
@@ -183,11 +191,22 @@ def _written(trt: Any, plan: Any, plan_path: Path, compute_capabilities: tuple[s
     return record
 
 
-def _parsed(trt: Any, builder: Any, logger: Any, onnx_path: Path) -> tuple[Any, Any]:
+def _read(trt: Any, onnx_path: Path) -> onnx.ModelProto:
+    """The file's model in operators that TensorRT has."""
+    try:
+        model = onnx.load(onnx_path)
+    except DecodeError as error:
+        raise UnsupportedEngine(
+            f"engine: {trt.__name__} {trt.__version__} cannot parse {onnx_path}: it is not an ONNX file ({error})"
+        ) from error
+    return as_samples(model)
+
+
+def _parsed(trt: Any, builder: Any, logger: Any, model: onnx.ModelProto, onnx_path: Path) -> tuple[Any, Any]:
     # TensorRT 11 and TensorRT-RTX know strong typing only and ignore the flag; 10.12 needs it.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(onnx_path.read_bytes()):
+    if not parser.parse(model.SerializeToString()):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         reasons = "; ".join(f"node {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
         raise UnsupportedEngine(f"engine: {trt.__name__} {trt.__version__} cannot parse {onnx_path}: {reasons}")

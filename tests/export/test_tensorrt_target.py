@@ -122,9 +122,9 @@ def test_a_network_whose_layers_have_other_types_than_the_file_says_is_named(
         builder = trt.Builder(trt.Logger(trt.Logger.ERROR))
         network = builder.create_network(0)
         assert trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR)).parse(converted(precision).read_bytes())
-        assert audit_network(network, precision, converted(precision)).products
+        assert audit_network(network, precision, onnx.load(converted(precision)), "the file").products
         with pytest.raises(PrecisionMismatch, match=r"'node_Conv_\d+' \((HALF|INT8), in the file FLOAT\)"):
-            audit_network(network, precision, exported.path)
+            audit_network(network, precision, onnx.load(exported.path), "the file")
 
 
 def test_a_matrix_product_is_quantized_although_the_parser_reshapes_its_factors(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_matrix_product_is_quantized_although_the_parser_reshapes_its_factors(
     network = trt.Builder(trt.Logger(trt.Logger.ERROR)).create_network(0)
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
     assert parser.parse(path.read_bytes())
-    assert audit_network(network, "int8", path).products == {"INT8": 1, "FLOAT": 1}
+    assert audit_network(network, "int8", onnx.load(path), "the file").products == {"INT8": 1, "FLOAT": 1}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,13 @@ def convert_to_mixed_precision(
     path: str,
     *,
     low_precision_type: str,
+    nodes_to_exclude: list[str],
     data_max: float,
     keep_io_types: bool,
     calibration_data: str,
     providers: list[str],
 ) -> ModelProto:
-    assert (low_precision_type, keep_io_types, providers) == ("fp16", True, ["cpu"])
+    assert (low_precision_type, nodes_to_exclude, keep_io_types, providers) == ("fp16", [], True, ["cpu"])
     model = onnx.load(path)
     graph = model.graph
     kept = {name for node in graph.node if node.op_type == "Resize" for name in node.input[1:]}
