@@ -46,6 +46,8 @@ from tests.conformance.small_detectors import BACKBONES, FAMILIES, class_of
 
 LEAST_FOUND_AGAIN = {"tf32": 0.9, "fp16": 0.9, "bf16": 0.4, "int8": 0.4, "fp8": 0.25}
 LEAST_MATCHED = 60  # detections of a cell, so that something was compared
+OF_A_MATCH = ("num_matched", "num_tolerated", "num_tied", "max_box_error_pixels", "max_score_error", "max_mask_error")
+OF_AN_AGREEMENT = ("num_detections", "matched_rate", "iou_p50", "score_error_p50", "score_error_p99")
 EVERYDAY = [
     Cell(ROW, COLUMN, CPU, "fp16"),
     Cell(ROW, COLUMN, CPU, "bf16"),
@@ -115,14 +117,7 @@ def check_equal(references: list[Detections], found: list[Detections], exported:
         )
         for reference, candidate in zip(references, found, strict=True)
     )
-    for name in (
-        "num_matched",
-        "num_unmatched",
-        "num_tolerated",
-        "num_tied",
-        "max_box_error_pixels",
-        "max_score_error",
-    ):
+    for name in OF_A_MATCH:
         record(name, getattr(result, name))
     assert result.num_unmatched == 0, result
     assert result.num_tied <= max(2, limits.max_tied_share * result.num_matched), result
@@ -132,8 +127,8 @@ def check_equal(references: list[Detections], found: list[Detections], exported:
 def check_found_again(references: list[Detections], found: list[Detections], precision: str, record: Record) -> None:
     images = agreement_by_image(dict(enumerate(references)), dict(enumerate(found)), score_floor=0.0)
     result = agreement(images.values(), score_floor=0.0)
-    assert result.matched_rate is not None
-    for name in ("num_detections", "matched_rate", "iou_p50", "score_error_p50", "score_error_p99"):
+    assert result.matched_rate, "nothing was found again"
+    for name in OF_AN_AGREEMENT:
         record(name, getattr(result, name))
     assert result.num_matched > 2 * LEAST_MATCHED * LEAST_FOUND_AGAIN[precision]
     assert result.matched_rate > LEAST_FOUND_AGAIN[precision]
