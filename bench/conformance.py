@@ -11,6 +11,7 @@ import argparse
 import collections
 import importlib.util
 import json
+import os
 import resource
 import string
 import subprocess
@@ -67,7 +68,8 @@ def conform_recipes(names: Sequence[str], arguments: argparse.Namespace) -> int:
 def conform_exports(names: Sequence[str], arguments: argparse.Namespace) -> int:
     """Run the cells of these families and backbones, or all, and print the matrix; pytest's exit code."""
     cells = [f"{EXPORTS}[{cell}]" for cell in CELLS if cell.family in names or cell.backbone in names]
-    code, cases, seconds = run_tests([*(cells or [EXPORTS]), *PROCESSES])
+    # A thread a process: OpenMP's threads of two processes would fight for the cores.
+    code, cases, seconds = run_tests([*(cells or [EXPORTS]), *PROCESSES], OMP_NUM_THREADS="1")
     rows = [export_row(case) for case in cases]
     table = matrix(rows)
     print("\n".join(table))
@@ -79,7 +81,7 @@ def conform_exports(names: Sequence[str], arguments: argparse.Namespace) -> int:
     return code
 
 
-def run_tests(selected: Sequence[str]) -> tuple[int, list[ElementTree.Element], float]:
+def run_tests(selected: Sequence[str], **environment: str) -> tuple[int, list[ElementTree.Element], float]:
     """pytest's exit code, the cases of its JUnit report, and the seconds it took."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
@@ -87,7 +89,7 @@ def run_tests(selected: Sequence[str]) -> tuple[int, list[ElementTree.Element], 
         options = ["-m", "conformance", "-o", "junit_family=xunit1", "-p", "no:cacheprovider", "--timeout=1800"]
         folders = ["--basetemp", f"{scratch}/runs", f"--junitxml={report}"]
         command = [sys.executable, "-m", "pytest", *selected, *options, *folders, "-v", "--tb=short"]
-        code = subprocess.run(command, cwd=ROOT, check=False).returncode
+        code = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, check=False).returncode
         cases = list(ElementTree.parse(report).iter("testcase")) if report.is_file() else []
     return code, cases, time.monotonic() - started
 
