@@ -59,11 +59,6 @@ def detectron2_eager(subject: Subject, setting: Setting, batch: np.ndarray) -> R
     return functools.partial(_of_detectron2, subject.detector, setting.device)
 
 
-def detectron2_compiled(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
-    """The same through torch.compile with its default settings, for this batch size alone."""
-    return functools.partial(_of_detectron2, torch.compile(subject.detector, dynamic=False), setting.device)
-
-
 def detectron2_torchscript(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
     """Traced through detectron2's adapter, as its ``tools/deploy/export_model.py`` does."""
     return _of_adapter(*_traced(subject, setting, batch), setting.device)
@@ -97,7 +92,10 @@ def graph_eager(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
 
 
 def graph_compiled(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
-    """The export graph through torch.compile with its default settings, for this batch size alone."""
+    """The export graph through torch.compile with its default settings, for this batch size alone.
+
+    It breaks the graph where the loop of NMS asks whether it has ended.
+    """
     graph = _graph(subject)
     runner = TorchRunner(graph, subject.signature)
     graph.compile(dynamic=False)
@@ -128,7 +126,6 @@ REFERENCE = "detectron2, eager"
 OURS = {"cpu": ("ours, ONNX Runtime", "ours, ONNX Runtime, int8"), "cuda": ("ours, ONNX Runtime", "ours, TensorRT")}
 _RIVALS: dict[str, Callable[[Subject, Setting, np.ndarray], Run]] = {
     REFERENCE: detectron2_eager,
-    "detectron2, torch.compile": detectron2_compiled,
     "detectron2, TorchScript": detectron2_torchscript,
     "detectron2, TorchScript optimized": detectron2_optimized_torchscript,
     "detectron2, ONNX Runtime": detectron2_onnx,

@@ -1,11 +1,11 @@
-"""Images a second of one detector in every form it runs in: detectron2's own, torch.compile's, and the exported files.
+"""Images a second of one detector in every form: detectron2's own, torch.compile's, and the exported files.
 
     python bench/export.py [--run runs/embedded [--recipe embedded]] [--zoo CONFIG ...] [--threads 2] [--write]
 
 Subjects are the student of a run, on its validation images, and configurations of detectron2's model zoo with random
 weights, calibrated as in `bench/model_zoo.py`, on crops of photos. Each runs at batch 1 and at its largest batch.
 Before it is timed, a form's detections are compared with detectron2's own: by the limits of `export.parity`, and by
-class and IoU 0.5 for int8, which may move boxes. Forms alternate in an order drawn anew each round, on the same images;
+class and IoU 0.5 for int8, which moves boxes. Forms alternate in an order drawn anew each round, on the same images;
 a timed call follows an untimed one, so that caches and idle threads are its own. Ratios are of pairs of one round.
 
 Products of two square matrices are timed in the same rounds. The best is the machine's limit, of which a form reaches
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 import time
@@ -55,8 +56,8 @@ def main() -> int:
     tables = [table for subject in _subjects(arguments) for table in measured(subject, arguments)]
     if arguments.write:
         settings = {key: getattr(arguments, key) for key in ("threads", "rounds", "size", "spinning", "only")}
-        run = "--run RUN " if arguments.run is not None else ""
-        command = f"python bench/export.py {run}--threads {arguments.threads} --rounds {arguments.rounds} --write"
+        given = ["RUN" if argument == str(arguments.run) else argument for argument in sys.argv[1:]]
+        command = shlex.join(["python", "bench/export.py", *given])
         print(f"written to {write_result('export', {'settings': settings, 'tables': tables}, command)}")
     return 0 if all(table["as_promised"] for table in tables) else 1
 
