@@ -101,7 +101,8 @@ def head_differences(rungs: Mapping[str, HeadTensors], canvases: Iterable[np.nda
     """Compare each rung with the one before it, tensor by tensor and level by level.
 
     Args:
-        rungs: by name, in order. What one of two neighbours does not have is not compared.
+        rungs: by name, in order. What one of two neighbours does not have is not compared; what one has in another
+            shape, as a level of another size, counts as if all of it were wrong.
         canvases: (3, H, W) uint8 each.
     """
     errors: dict[tuple[str, str, str], list[tuple[float, float, float]]] = {}
@@ -110,7 +111,8 @@ def head_differences(rungs: Mapping[str, HeadTensors], canvases: Iterable[np.nda
         for before, rung in pairwise(rungs):
             for name in [name for name in found[before] if name in found[rung]]:
                 reference = found[before][name].astype(np.float64)
-                error = np.abs(found[rung][name] - reference)
+                same_shape = found[rung][name].shape == reference.shape
+                error = np.abs(found[rung][name] - reference if same_shape else reference)
                 errors.setdefault((rung, before, name), []).append((error.max(), error.mean(), np.abs(reference).max()))
     differences = []
     for (rung, before, name), values in errors.items():

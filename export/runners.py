@@ -9,12 +9,25 @@ from typing import Any, Protocol, Self
 import numpy as np
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as onnxruntime_errors
 from torch import nn
 
 from export.candidate_nms import CANDIDATES, outputs_from_candidates
-from export.engine_session import EngineSession
+from export.engine_session import CudaError, EngineSession
 from export.providers import check_loaded, usable_providers
 from export.signature import Detections, DetectorSignature, detections_from_outputs
+
+ONNX_RUNTIME_ERRORS = tuple(
+    getattr(onnxruntime_errors, name)
+    for name in ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
+)
+"""What a session raises that does not load or run; ONNX Runtime has no class above them."""
+
+
+class RunFailed(RuntimeError):
+    """A runner does not run a batch that its signature promises."""
+
+    exit_code = 3
 
 
 class Runner(Protocol):
@@ -39,6 +52,7 @@ class Runner(Protocol):
 
         Raises:
             ValueError: ``images`` is not what the signature says.
+            RunFailed: the model does not run this batch.
         """
         ...
 
@@ -110,6 +124,7 @@ class OnnxRuntimeRunner(Runner):
         if not optimize:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.signature = signature
+        self._path = onnx_path
         asked = usable_providers() if providers is None else list(providers)
         self._session = onnxruntime.InferenceSession(str(onnx_path), options, providers=asked)
         check_loaded(self._session, asked)
@@ -122,14 +137,17 @@ class OnnxRuntimeRunner(Runner):
 
     def run(self, images: np.ndarray) -> list[Detections]:
         self.signature.check_images(images)
-        outputs = self._session.run(None, {self.signature.input_name: images})
-        return _detections(dict(zip(self._output_names, outputs, strict=True)), self.signature)
+        try:
+            outputs = self._session.run(None, {self.signature.input_name: images})
+        except ONNX_RUNTIME_ERRORS as error:
+            raise RunFailed(f"ONNX Runtime does not run {self._path} with {len(images)} images: {error}") from error
+        return detections_from_file(dict(zip(self._output_names, outputs, strict=True)), self.signature)
 
     def close(self) -> None:
         del self._session
 
 
-def _detections(outputs: Mapping[str, np.ndarray], signature: DetectorSignature) -> list[Detections]:
+def detections_from_file(outputs: Mapping[str, np.ndarray], signature: DetectorSignature) -> list[Detections]:
     """The detections in what a model file gives; where it ends at candidates, NMS is done here."""
     if CANDIDATES[0] in outputs:
         outputs = outputs_from_candidates(
@@ -159,7 +177,11 @@ class TensorRTRunner(Runner):
 
     def run(self, images: np.ndarray) -> list[Detections]:
         self.signature.check_images(images)
-        return _detections(self._session.run(images), self.signature)
+        try:
+            outputs = self._session.run(images)
+        except CudaError as error:
+            raise RunFailed(str(error)) from error
+        return detections_from_file(outputs, self.signature)
 
     def close(self) -> None:
         self._session.close()

@@ -44,10 +44,12 @@ def canvases_of(
         yield record["image_id"], canvas, placement
 
 
-def detections_of(runner: Runner, canvases: Iterable[np.ndarray]) -> Iterator[Detections]:
-    """The detections of each canvas, run in full batches with a ragged last one."""
+def detections_of(
+    runner: Runner, canvases: Iterable[np.ndarray], batch_size: int | None = None
+) -> Iterator[Detections]:
+    """The detections of each canvas, run in batches of this size, by default the largest, with a ragged last one."""
     source = iter(canvases)
-    while batch := list(itertools.islice(source, runner.signature.max_batch_size)):
+    while batch := list(itertools.islice(source, batch_size or runner.signature.max_batch_size)):
         yield from runner.run(np.stack(batch))
 
 
@@ -82,7 +84,7 @@ class Ladder:
         return branch
 
     def remember(self, name: str, found: Iterable[Detections]) -> None:
-        """What a rung without a row finds on the first canvases, for :meth:`match`."""
+        """What is found on the first canvases, for :meth:`match`; a rung of this name is matched by it from now on."""
         self._first_on_canvas[name] = list(found)
 
     def add_reference(self, student: nn.Module) -> None:

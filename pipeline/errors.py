@@ -29,6 +29,8 @@ The leaf packages cannot import this module. What a user can meet there is an ex
     training.backbones.timm_backbone.UnsupportedBackbone 2   no such timm model, or it cannot be a backbone
     training.backbones.weight_file.WeightsUnusable      2   pretrained weights are missing or of another network
     export.detector_graph.UnsupportedDetector           2   the detector has no export graph
+    export.onnx_departure.ReferenceFails                3   ONNX Runtime does not run what a file is compared with
+    export.runners.RunFailed                            3   a model does not run a batch that its signature promises
     export.targets.tensorrt_target.UnsupportedEngine    2   the recipe asks for an engine that cannot be built
     export.deformable_sampling.UnsupportedDeformConv    2   a deformable convolution has no form for TensorRT
     export.precision.ModelOptMissing                    4   NVIDIA ModelOpt, which makes the precision, is not installed

@@ -68,6 +68,12 @@ def test_errors_are_those_of_the_arrays_over_all_canvases() -> None:
     assert (row.max_abs_error, row.mean_abs_error, row.max_abs_value) == (1.0, 0.375, 4.0)
 
 
+def test_a_level_of_another_size_counts_as_wholly_wrong() -> None:
+    small, large = {"head/a/0": np.array([[3.0, 1.0]])}, {"head/a/0": np.array([[3.0, -5.0, 1.0]])}
+    (row,) = head_differences({"x": lambda _: large, "y": lambda _: small}, [np.array(1)])
+    assert (row.max_abs_error, row.mean_abs_error, row.max_abs_value) == (5.0, 3.0, 5.0)
+
+
 @pytest.mark.parametrize("family", TENSORS)
 def test_every_dense_family_names_its_tensors(family: str) -> None:
     detector = DENSE[family](len(CLASS_NAMES))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from export.parity import MatchResult, batch_invariance, combined, match_detections, pairwise_iou
-from export.runners import OnnxRuntimeRunner, Runner, TorchRunner
+from export.runners import OnnxRuntimeRunner, RunFailed, Runner, TorchRunner
 from export.signature import Detections
 from tests.export.conftest import Exported, canvases
 from tests.serving.pixel_means import make_signature
@@ -164,6 +164,19 @@ class _KeepsWhatAFullBatchLeft(_Recorder):
 
 def brightnesses(num_images: int) -> list[np.ndarray]:
     return [np.full((3, 48, 64), 60 + 10 * index, np.uint8) for index in range(num_images)]
+
+
+class _RunsOneByOne(_Recorder):
+    def run(self, images: np.ndarray) -> list[Detections]:
+        if len(images) > 1:
+            raise RunFailed("only one")
+        return super().run(images)
+
+
+def test_a_batch_that_does_not_run_counts_as_all_of_its_detections_changed() -> None:
+    result = batch_invariance(_RunsOneByOne(2), brightnesses(3), score_floor=0.05)
+    assert result.failed == ("batches of 2: only one", "shuffled, batches of 2: only one")
+    assert result.num_unmatched == 2 * 3
 
 
 @pytest.mark.parametrize(("num_images", "largest"), [(4, 8), (5, 2), (6, 3), (8, 8), (12, 4), (19, 8), (1, 16)])
