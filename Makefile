@@ -25,7 +25,7 @@ CONVERTED := $(if $(filter $(addprefix export.precision=,fp16 bf16 int8 fp8),$(S
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup setup-precision train-export-deploy $(STAGES) report status serve detect test conformance lint golden lock clean
+.PHONY: help setup setup-precision train-export-deploy $(STAGES) bisect report status serve detect test conformance lint golden lock clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-21s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ deploy: $(INSTALLED) ## Publish a model version and measure AP through the live 
 benchmark: $(INSTALLED) ## Measure latency and throughput of the endpoint.
 $(STAGES): $(CONVERTED)
 	@$(RUN) --until $@ $(ARGS)
+
+bisect: $(INSTALLED) $(CONVERTED) ## Validate, and name the first graph node that departs from detectron2.
+	@$(BIN)/python -m pipeline validate $(RECIPE) $(SET) $(if $(NAME),--name $(NAME)) --bisect $(ARGS)
 
 report: $(INSTALLED) ## Write report.json, report.md and report.html anew.
 	@$(BIN)/python -m pipeline report $(RECIPE) $(SET) $(if $(NAME),--name $(NAME))

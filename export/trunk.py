@@ -19,7 +19,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 COMPUTE = frozenset({"Conv", "ConvTranspose", "DeformConv", "Gemm", "MatMul"})
 CHOICES = frozenset({"TopK", "NonMaxSuppression", "Loop", "Scan", "If"})
-_PREFIX = "trunk/"  # of the tensors inside a converted trunk, whose names could be the tail's
+TRUNK_PREFIX = "trunk/"  # of the tensors inside a converted trunk, whose names could be the tail's
 
 
 def trunk_nodes(graph: GraphProto) -> list[NodeProto]:
@@ -93,7 +93,7 @@ def with_trunk(model: ModelProto, trunk: ModelProto) -> ModelProto:
     joined = onnx.version_converter.convert_version(model, opset) if opset > opset_of(model) else copy.deepcopy(model)
     trunk = onnx.compose.add_prefix(
         _unrounded(trunk),
-        _PREFIX,
+        TRUNK_PREFIX,
         rename_inputs=False,
         rename_outputs=False,
         rename_value_infos=False,

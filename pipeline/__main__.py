@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import sys
 import traceback
 import warnings
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from pipeline.errors import RecipeError, exit_code_of, message_of
 
@@ -35,7 +33,9 @@ NameOption = Annotated[
     str | None, typer.Option("--name", help="Folder of this run inside it; default: the recipe's name.")
 ]
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name or file.")]
+FolderOrRecipe = Annotated[str, typer.Argument(help="A folder that `export` wrote, or a recipe's name or file.")]
 OverridesArgument = Annotated[list[str] | None, typer.Argument(help="Overrides, section.key=value.")]
+BisectOption = Annotated[bool, typer.Option("--bisect", help="Name the first graph node that departs from detectron2.")]
 LaunchOption = Annotated[
     str | None, typer.Option("--launch", help='Train in several processes: "torchrun --nproc-per-node=8".')
 ]
@@ -54,15 +54,12 @@ def run(
 ) -> None:
     """Bring a recipe's run up to date: only stages whose inputs changed are rebuilt."""
     from pipeline import recipe as recipes
+    from pipeline.environment import check_not_launched
     from pipeline.run import run_stages
     from pipeline.stages import after_run, stages_of
     from pipeline.status import up_to_date
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        raise RecipeError(
-            "torchrun started the pipeline itself; start it once and let it call torchrun for the training: "
-            '--launch "torchrun --nproc-per-node=8"'
-        )
+    check_not_launched()
     options = _options(runs, name)
     loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options, launch=launch or None)
     run_dir = _run_dir(loaded, runs, name)
@@ -105,7 +102,7 @@ def _until(stage: str) -> None:
     """A command that runs a recipe, or what ``export`` wrote, as far as ``stage``."""
 
     def command(
-        recipe: Annotated[str, typer.Argument(help="A folder that `export` wrote, or a recipe's name or file.")],
+        recipe: FolderOrRecipe,
         overrides: OverridesArgument = None,
         runs: RunsOption = RUNS,
         name: NameOption = None,
@@ -115,8 +112,27 @@ def _until(stage: str) -> None:
     app.command(stage, help=f"Run the stages up to {stage}.")(command)
 
 
-for _stage in ("validate", "deploy", "benchmark"):
+for _stage in ("deploy", "benchmark"):
     _until(_stage)
+
+
+@app.command()
+def validate(
+    recipe: FolderOrRecipe,
+    overrides: OverridesArgument = None,
+    bisect: BisectOption = False,
+    runs: RunsOption = RUNS,
+    name: NameOption = None,
+) -> None:
+    """Run the stages up to validate."""
+    if not bisect:
+        return run(recipe, overrides, until="validate", runs=runs, name=name)
+    from pipeline import recipe as recipes
+    from pipeline.bisection import bisecting
+
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name))
+    with bisecting(loaded, _run_dir(loaded, runs, name), console):
+        run(recipe, overrides, until="validate", runs=runs, name=name)
 
 
 @app.command()
@@ -131,7 +147,7 @@ def status(
     """Show how the stages of each run stand."""
     from pipeline import recipe as recipes
     from pipeline.stages import STAGES, stages_in
-    from pipeline.status import status as status_of
+    from pipeline.status import status_table
 
     loaded = recipes.load(recipe, overrides or []) if recipe else None
     folders = (
@@ -142,16 +158,7 @@ def status(
     if not folders:
         console.print(f"no runs in {runs}; `python -m pipeline run embedded` makes one")
     for folder in folders:
-        table = Table("stage", "state", "seconds", "MB", "why", title=str(folder), title_justify="left")
-        found = {stage.stage: stage for stage in status_of(folder, stages_in(folder), loaded)}
-        for each in STAGES:
-            stage = found.get(each.name)
-            if stage is None:
-                table.add_row(each.name, "not run", "", "", "trained elsewhere")
-                continue
-            seconds = f"{stage.manifest.seconds:.1f}" if stage.manifest else ""
-            table.add_row(stage.stage, stage.state, seconds, f"{stage.size_bytes / 1e6:.1f}", stage.reason)
-        console.print(table)
+        console.print(status_table(folder, stages_in(folder), loaded, every_stage=STAGES))
 
 
 @app.command()

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from pipeline.errors import RecipeError
+
 # What is reported as: the distributions that carry it, the first one installed counts.
 DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "torch": ("torch",),
@@ -30,6 +32,15 @@ DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
 
 
 @functools.cache
+def check_not_launched() -> None:
+    """Raise :class:`RecipeError` when torchrun started this process: it starts the training, not the pipeline."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        raise RecipeError(
+            "torchrun started the pipeline itself; start it once and let it call torchrun for the training: "
+            '--launch "torchrun --nproc-per-node=8"'
+        )
+
+
 def facts() -> dict[str, Any]:
     """Everything known about this machine, as plain JSON; what could not be found out is None."""
     gpus, driver, gpu_reason = _gpus()

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.table import Table
+
 from pipeline import publish
 from pipeline.artifact import Manifest, open_artifact, read_manifest, size_bytes_of
 from pipeline.errors import ArtifactError
@@ -63,6 +65,22 @@ def up_to_date(run_dir: Path, stages: Sequence[Stage], recipe: Recipe) -> bool:
             return False
         manifests[stage.name] = manifest
     return True
+
+
+def status_table(
+    run_dir: Path, stages: Sequence[Stage], recipe: Recipe | None, *, every_stage: Sequence[Stage]
+) -> Table:
+    """:func:`status` for a reader; a stage that the run does not have was run elsewhere."""
+    table = Table("stage", "state", "seconds", "MB", "why", title=str(run_dir), title_justify="left")
+    by_name = {each.stage: each for each in status(run_dir, stages, recipe)}
+    for stage in every_stage:
+        each = by_name.get(stage.name)
+        if each is None:
+            table.add_row(stage.name, "not run", "", "", "trained elsewhere")
+            continue
+        seconds = f"{each.manifest.seconds:.1f}" if each.manifest else ""
+        table.add_row(each.stage, each.state, seconds, f"{each.size_bytes / 1e6:.1f}", each.reason)
+    return table
 
 
 def read_failure(run_dir: Path) -> dict[str, Any] | None:

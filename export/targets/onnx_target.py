@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -60,8 +60,11 @@ def export_onnx(
         path: the file to write; an existing one is replaced.
         ends_at_candidates: the graph was built with ``nms="outside"``.
     """
-    output_names = CANDIDATES if ends_at_candidates else signature.output_names
-    model = _exported(graph, signature, output_names)
+    model = traced_onnx(graph, signature, ends_at_candidates=ends_at_candidates)
+    for node in _nodes(model.graph):
+        node.ClearField("metadata_props")  # stack traces with this machine's paths
+        node.ClearField("doc_string")
+    model.graph.ClearField("metadata_props")
     onnx.helper.set_model_props(model, {SIGNATURE_KEY: signature.to_json()})
     onnx.checker.check_model(model, full_check=True)
     _check_promise(model, signature, ends_at_candidates)
@@ -90,7 +93,11 @@ class _WithHeadTensors(nn.Module):
         return (*outputs, *head_tensors.values())
 
 
-def _exported(graph: DetectorGraph, signature: DetectorSignature, output_names: Sequence[str]) -> onnx.ModelProto:
+def traced_onnx(
+    graph: DetectorGraph, signature: DetectorSignature, *, ends_at_candidates: bool = False
+) -> onnx.ModelProto:
+    """What :func:`export_onnx` writes, and on each node torch's notes of the module and the line it comes from."""
+    output_names = CANDIDATES if ends_at_candidates else signature.output_names
     # Batch 2, because tracing bakes in a dimension of size 1. No gradients, because detectron2's frozen batch norm
     # takes a form that is not folded into the convolution when they are on.
     batch = torch.export.Dim("batch", min=1, max=max(signature.max_batch_size, 2))
@@ -114,12 +121,9 @@ def _exported(graph: DetectorGraph, signature: DetectorSignature, output_names: 
     del model.graph.output[len(output_names) :]
     names: set[str] = set()
     for index, node in enumerate(_nodes(model.graph)):
-        node.ClearField("metadata_props")  # stack traces with this machine's paths
-        node.ClearField("doc_string")
         if node.name in names:  # loop bodies number their nodes from the start; TensorRT warns of each
             node.name = f"{node.name}_{index}"
         names.add(node.name)
-    model.graph.ClearField("metadata_props")
     return model
 
 
