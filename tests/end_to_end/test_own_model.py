@@ -25,7 +25,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert command_line(*model.arguments(run_dir, "export.max_batch_size=2", validation)) == 0
     for path in (model.config, model.weights):  # the folder needs neither any more
         path.unlink()
-    assert command_line("validate", run_dir) == 0
+    assert command_line("validate", run_dir, "--bisect") == 0
     assert command_line("deploy", run_dir) == 0
     assert command_line("benchmark", run_dir, *BENCHMARK) == 0
     assert command_line("report", run_dir) == 0
@@ -43,6 +43,13 @@ def test_detections_are_detectron2s_up_to_the_endpoint(run_dir: Path) -> None:
     rows = manifest(run_dir, "validate")["facts"]["rows"] + manifest(run_dir, "deploy")["facts"]["rows"]
     assert {row["name"] for row in rows if row["status"] == "passed"} >= {"detectron2", "ONNX Runtime"}
     assert any(row["name"].startswith("Triton") and row["status"] == "passed" for row in rows)
+
+
+def test_no_node_of_the_exported_file_departs_from_detectron2(run_dir: Path) -> None:
+    found = json.loads((run_dir / "bisect.json").read_text())
+    assert (found["first_lossy_rung"], found["rung"], found["departure"]) == (None, None, None)
+    assert len(found["compared"]) == 4
+    assert found["files"]["export/model.onnx"] == manifest(run_dir, "export")["files"]["model.onnx"]["sha256"]
 
 
 def test_the_classes_are_those_of_the_data_set(run_dir: Path) -> None:
