@@ -15,7 +15,8 @@ import onnx
 import onnxruntime
 from onnx import ModelProto
 
-from export.runners import detections_from_file, usable_providers
+from export.providers import usable_providers
+from export.runners import detections_from_file
 from export.signature import Detections, DetectorSignature
 from export.trunk import inputs_of, tail_nodes, trunk_of
 

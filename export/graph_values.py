@@ -13,7 +13,8 @@ import onnx.numpy_helper
 import onnxruntime
 from onnx import ModelProto, NodeProto
 
-from export.runners import ONNX_RUNTIME_ERRORS, usable_providers
+from export.providers import usable_providers
+from export.runners import ONNX_RUNTIME_ERRORS
 
 Values = dict[str, np.ndarray]
 _NODE_IN_ERROR = re.compile(r"Name:'([^']+)'|[Nn]ode ?(?:name:)? ?\(([^)]+)\)")
