@@ -21,7 +21,7 @@ from onnx import ModelProto, NodeProto
 from export.departure import Departure
 from export.float32_tail import tail_of
 from export.graph_values import Failure, Values, constants_of, distance, makers_of, values_of
-from export.trunk import CHOICES, TRUNK_PREFIX, inputs_of, subgraphs_of
+from export.trunk import TRUNK_PREFIX, inputs_of, subgraphs_of, trunk_nodes
 
 TOLERANCE = 1e-4  # of a value's largest magnitude
 _SCOPES, _STACK = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
@@ -74,12 +74,12 @@ def trunk_departure(converted: ModelProto, exported: ModelProto, feeds: Mapping[
     expected = _reference_values(exported, feeds)
     errors: dict[str, float] = {}
     growth: dict[str, tuple[float, NodeProto]] = {}
-    for node in exported.graph.node:
+    for node in trunk_nodes(exported.graph):
         before = max((errors.get(name, 0.0) for name in inputs_of(node)), default=0.0)
         for name in node.output:
             error = _relative_error(found.get(TRUNK_PREFIX + name, found.get(name)), expected[name])
             errors[name] = before if error is None else error
-            if error is not None and node.op_type not in CHOICES:
+            if error is not None:
                 growth[name] = (error - before, node)
     if not growth:
         return None

@@ -35,7 +35,6 @@ from pipeline.model_files import ONNX_MODEL, ONNX_RUNTIME, ModelFile, converted_
 from pipeline.precision_rungs import runs_here
 from pipeline.recipe import Recipe
 from pipeline.stage import StageContext
-from pipeline.stages import stages_of
 from pipeline.training_stages import STUDENT_CHECKPOINT, dataset_of
 from serving.preprocessing import canvas_from_image, read_image
 from training.dataset import detectron2_dicts
@@ -94,18 +93,18 @@ def bisecting(recipe: Recipe, run_dir: Path, console: Console) -> Iterator[None]
 def bisect(recipe: Recipe, run_dir: Path, console: Console) -> Bisection:
     """Find the first place that departs, print it and write it to :data:`BISECTION_FILE` in the run folder.
 
-    It lies beside the artifacts and is none: an artifact is not changed after it was published.
+    It lies beside the artifacts and is none: an artifact is not changed after it was published. What was made from an
+    earlier export does not count.
 
     Raises:
         ArtifactError: the export artifact or one before it is missing or damaged.
         RunLocked: another process works in the folder.
     """
     with locked(run_dir, recipe.command):
-        required = ("data", "strip", "export")
-        names = [stage.name for stage in stages_of(recipe)]
-        inputs = {
-            name: open_artifact(run_dir / name) for name in names if name in required or (run_dir / name).is_dir()
-        }
+        inputs = {name: open_artifact(run_dir / name) for name in ("data", "strip", "export")}
+        later = {name: open_artifact(run_dir / name) for name in ("precision", "validate") if (run_dir / name).is_dir()}
+        made_from = inputs["export"].manifest.content_digest
+        inputs |= {name: each for name, each in later.items() if each.manifest.inputs.get("export") == made_from}
         context = StageContext(
             directory=run_dir, run_dir=run_dir, recipe=recipe, inputs=inputs, console=console, command=recipe.command
         )
