@@ -256,8 +256,7 @@ def compare_training(
     from pipeline import recipe as recipes
     from pipeline.comparison.trainings import train_in_process
 
-    options = _options(runs, name)
-    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=options, launch=launch)
+    loaded = dataclasses.replace(recipes.load(recipe, overrides or []), options=_options(runs, name), launch=launch)
     train_in_process(loaded, runs / (name or loaded.name), console)
 
 
