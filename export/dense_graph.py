@@ -9,6 +9,7 @@ Shape legend: N images, A anchors a location, K classes, (h, w) a level's grid, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -140,7 +141,8 @@ class DeltaDecoder(nn.Module):
 
         The top-k is over logits, as sigmoid is monotonic: only M values are activated.
         """
-        top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates)
+        floor = logit_floor(self.score_threshold)
+        top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates, floor)
         anchors = getattr(self, f"anchors_{level}")[index]
         boxes = boxes_from_deltas(rows(by_location(deltas, 4), index), anchors, self.delta_weights, self.scale_clamp)
         return boxes, zero_below(top_logits.float().sigmoid(), self.score_threshold), labels
@@ -166,7 +168,7 @@ class FcosDecoder(nn.Module):
     def forward(self, level: int, logits: Tensor, distances: Tensor, centerness: Tensor) -> Candidates:
         """(N, K, h, w), (N, 4, h, w) of any sign and (N, 1, h, w) → the level's candidates."""
         scores = (logits.float().sigmoid() * centerness.float().sigmoid()).sqrt()
-        top_scores, index, labels = top_pairs(scores, self.num_classes, self.num_candidates)
+        top_scores, index, labels = top_pairs(scores, self.num_classes, self.num_candidates, self.score_threshold)
         edges = rows(by_location(distances, 4), index).float().relu()
         boxes = _boxes(getattr(self, f"points_{level}")[index], edges * getattr(self, f"units_{level}")[index, None])
         return boxes, zero_below(top_scores, self.score_threshold), labels
@@ -198,7 +200,8 @@ class LocationDecoder(nn.Module):
 
     def forward(self, level: int, logits: Tensor, values: Tensor, centerness: Tensor | None = None) -> Candidates:
         """(N, A * K, h, w), (N, A * 4 * D, h, w) and (N, 1, h, w) → the level's candidates; D is the values an edge."""
-        top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates)
+        floor = logit_floor(self.score_threshold)
+        top_logits, index, labels = top_pairs(logits, self.num_classes, self.num_candidates, floor)
         scores = zero_below(top_logits.float().sigmoid(), self.score_threshold)
         if centerness is not None:
             scores = (scores * rows(by_location(centerness, 1), index)[:, :, 0].float().sigmoid()).sqrt()
@@ -207,21 +210,26 @@ class LocationDecoder(nn.Module):
         return _boxes(getattr(self, f"points_{level}")[index], distances), scores, labels
 
 
-def top_pairs(ranking: Tensor, num_classes: int, num_candidates: int) -> Candidates:
+def top_pairs(ranking: Tensor, num_classes: int, num_candidates: int, floor: float = -math.inf) -> Candidates:
     """The level's best (anchor, class) pairs.
 
     Args:
         ranking: (N, A * K, h, w).
+        floor: values below it are of no interest, and which of them are taken is left open; they come out as it.
 
     Returns:
         Values (N, M) descending, their anchors' positions (N, M) in detectron2's order (h, w, A), and labels (N, M)
         int32.
 
-    The top-k reads the head's own layout (A, K, h, w), which saves a transpose of the largest tensor.
+    The top-k reads the head's own layout (A, K, h, w), which saves a transpose of the largest tensor. The floor makes
+    it cheap in ONNX Runtime on a CPU, which pays for every value that is better than the worst it holds: from the head
+    to NMS 1.7 ms of one core became 1.1 (MobileNetV2 RetinaNet, 256 px, 16 classes, 280 to 1,936 passing candidates).
     """
     grid = ranking.shape[2] * ranking.shape[3]
     num_anchors = ranking.shape[1] // num_classes
     flat = ranking.flatten(1)
+    if floor > -math.inf:
+        flat = flat.clamp(min=floor)
     values, top = flat.topk(min(num_candidates, flat.shape[1]), dim=1)
     plane = top // grid
     anchor = plane // num_classes
@@ -238,6 +246,11 @@ def by_location(predicted: Tensor, num_values: int) -> Tensor:
         .permute(0, 3, 1, 2)
         .reshape(-1, grid * num_anchors, num_values)
     )
+
+
+def logit_floor(score_threshold: float) -> float:
+    """A logit whose score is not above the threshold, by more than rounding in half precision can change."""
+    return math.log(score_threshold / (1 - score_threshold)) - 0.01 if score_threshold > 0 else -math.inf
 
 
 def zero_below(scores: Tensor, threshold: float) -> Tensor:
