@@ -250,7 +250,7 @@ def by_location(predicted: Tensor, num_values: int) -> Tensor:
 
 def logit_floor(score_threshold: float) -> float:
     """A logit whose score is not above the threshold, by more than rounding in half precision can change."""
-    return math.log(score_threshold / (1 - score_threshold)) - 0.01 if score_threshold > 0 else -math.inf
+    return math.log(score_threshold / (1 - score_threshold)) - 0.01 if 0 < score_threshold < 1 else -math.inf
 
 
 def zero_below(scores: Tensor, threshold: float) -> Tensor:
