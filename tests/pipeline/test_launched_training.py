@@ -62,7 +62,7 @@ def test_an_error_of_the_processes_is_the_error_of_the_stage(tmp_path: Path) -> 
 def test_a_launch_that_does_not_fit_is_refused_before_anything_is_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(launched_training, "_run", lambda *_: pytest.fail("a process was started"))
     with pytest.raises(LaunchError, match="images_per_batch is 2"):
         walk(tmp_path, "torchrun --nproc-per-node=3")
 
