@@ -18,9 +18,11 @@ from detectron2.export import TracingAdapter
 from subjects import Subject
 from torch import nn
 
+from export.config import NmsChoice
 from export.cpu_quantization import write_cpu_int8
 from export.detector_graph import detector_graph
 from export.engine_session import EngineUnavailable
+from export.graph_parts import DetectorGraph
 from export.providers import usable_providers
 from export.runners import OnnxRuntimeRunner, TensorRTRunner, TorchRunner
 from export.signature import Detections
@@ -107,6 +109,14 @@ def ours(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
     return _our_runner(_our_file(subject, setting), subject, setting)
 
 
+def ours_onnx_nms(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
+    """The same with ``export.nms=onnx``: ONNX Runtime's own NonMaxSuppression."""
+    path = setting.scratch / "ours_onnx_nms.onnx"
+    if not path.is_file():
+        export_onnx(_graph(subject, "onnx"), subject.signature, path)
+    return _our_runner(path, subject, setting)
+
+
 def ours_int8(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
     """The int8 file that the precision stage writes for CPUs, in ONNX Runtime."""
     path = setting.scratch / "ours_int8.onnx"
@@ -123,7 +133,10 @@ def ours_engine(subject: Subject, setting: Setting, batch: np.ndarray) -> Run:
 
 
 REFERENCE = "detectron2, eager"
-OURS = {"cpu": ("ours, ONNX Runtime", "ours, ONNX Runtime, int8"), "cuda": ("ours, ONNX Runtime", "ours, TensorRT")}
+OURS = {
+    "cpu": ("ours, ONNX Runtime", "ours, ONNX Runtime, nms=onnx", "ours, ONNX Runtime, int8"),
+    "cuda": ("ours, ONNX Runtime", "ours, TensorRT"),
+}
 _RIVALS: dict[str, Callable[[Subject, Setting, np.ndarray], Run]] = {
     REFERENCE: detectron2_eager,
     "detectron2, TorchScript": detectron2_torchscript,
@@ -133,7 +146,7 @@ _RIVALS: dict[str, Callable[[Subject, Setting, np.ndarray], Run]] = {
     "export graph, torch.compile": graph_compiled,
 }
 CONTENDERS = {
-    "cpu": {**_RIVALS, **dict(zip(OURS["cpu"], (ours, ours_int8), strict=True))},
+    "cpu": {**_RIVALS, **dict(zip(OURS["cpu"], (ours, ours_onnx_nms, ours_int8), strict=True))},
     "cuda": {**_RIVALS, **dict(zip(OURS["cuda"], (ours, ours_engine), strict=True))},
 }
 """What is timed on each device, by name."""
@@ -156,12 +169,13 @@ def _of_adapter(adapter: TracingAdapter, traced: Callable[..., Any], device: tor
 def _traced(subject: Subject, setting: Setting, batch: np.ndarray) -> tuple[TracingAdapter, torch.jit.ScriptModule]:
     adapter = _adapter(subject, setting, batch)
     with quiet(), torch.no_grad():
-        return adapter, torch.jit.trace(adapter.eval(), adapter.flattened_inputs, check_trace=False)
+        return adapter, torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
 
 
 def _adapter(subject: Subject, setting: Setting, batch: np.ndarray) -> TracingAdapter:
     inference = _without_postprocessing if hasattr(subject.detector, "roi_heads") else None
-    return TracingAdapter(subject.detector, _inputs(batch, setting.device), inference)
+    # Not in training mode, which torch's exporter would put it, and with it the detector, back into.
+    return TracingAdapter(subject.detector, _inputs(batch, setting.device), inference).eval()
 
 
 def _without_postprocessing(detector: nn.Module, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,8 +201,8 @@ def _detections(results: list[dict[str, Any]]) -> list[Detections]:
     return found
 
 
-def _graph(subject: Subject) -> nn.Module:
-    return detector_graph(subject.detector, subject.signature)
+def _graph(subject: Subject, nms: NmsChoice = "portable") -> DetectorGraph:
+    return detector_graph(subject.detector, subject.signature, nms)
 
 
 def _our_file(subject: Subject, setting: Setting) -> Path:
