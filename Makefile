@@ -84,7 +84,7 @@ detect: $(INSTALLED) ## Send IMAGES="a.jpg b.jpg" to the server that `make serve
 test: $(INSTALLED) lint ## Run the linters, the type checker and the test suite, in as many processes as there are cores, up to 4.
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-conformance: $(INSTALLED) ## Train, strip and load every recipe at its full size (12 minutes on two cores); export every family on every backbone.
+conformance: $(INSTALLED) ## Train, strip and load every recipe at its full size (12 minutes on two cores); export every family on every backbone (11).
 	@$(BIN)/python bench/conformance.py $(ARGS)
 
 lint: $(INSTALLED) ## Run the linters and the type checker alone.
