@@ -245,7 +245,7 @@ def accuracy(run_dir: Path, recipe_name: str | None, scratch: Path, num_threads:
                 (on_canvas,) = runner.run(canvas[None])
                 seconds.append(time.perf_counter() - start)
                 detections[record["image_id"]] = detections_in_image(on_canvas, placement)
-        scores = average_precision(dataset.annotation_file, detections, signature.category_ids)
+        scores = average_precision(dataset.annotation_file, detections, signature.category_ids).scores
         row = {"nms": choice, "AP": scores["AP"], "AP50": scores["AP50"], "ms": 1e3 * float(np.median(seconds))}
         found.append({**row, "num_images": len(detections)})
         print(f"{run_dir.name}, {choice:9s} AP {row['AP']:6.2f}  AP50 {row['AP50']:6.2f}  {row['ms']:8.2f} ms an image")
