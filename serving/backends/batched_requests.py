@@ -7,6 +7,7 @@ see the same outputs.
 
 from __future__ import annotations
 
+import abc
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 from candidate_nms import CANDIDATES, outputs_from_candidates  # Triton puts this folder on the path
 
 
-class BatchedRequests:
+class BatchedRequests(abc.ABC):
     """Base of the class that Triton looks for; a backend loads its model in ``initialize`` and runs it in ``run``."""
 
     library: str
@@ -34,9 +35,9 @@ class BatchedRequests:
         self.on_gpu = "GPU" in args["model_instance_kind"]
         self.device_id = int(args["model_instance_device_id"])
 
+    @abc.abstractmethod
     def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """The model file's outputs by name, of a (N, 3, H, W) uint8 batch."""
-        raise NotImplementedError
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Answer the requests of one dynamic batch from a single run.
