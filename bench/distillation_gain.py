@@ -65,16 +65,14 @@ def compared(arguments: argparse.Namespace, contenders: list[str], num_seeds: in
 
 
 def variants(arguments: argparse.Namespace) -> list[str]:
-    """The sweep's contenders: the recipe, and each setting changed alone."""
+    """The sweep's contenders: the recipe, and each setting changed alone; what the recipe has is not there twice."""
     recipe = recipes.load(arguments.recipe, arguments.overrides)
-    max_iter = recipe.sections["training"].max_iter
+    max_iter, own = recipe.sections["training"].max_iter, recipe.sections["distiller"]
+    begins = [round(fraction * max_iter) for fraction in DISTILL_FROM_FRACTIONS]
     return [
         arguments.recipe,
-        *(f"{arguments.recipe},distiller.loss_weight={weight}" for weight in LOSS_WEIGHTS),
-        *(
-            f"{arguments.recipe},distiller.distill_from_iter={round(fraction * max_iter)}"
-            for fraction in DISTILL_FROM_FRACTIONS
-        ),
+        *(f"{arguments.recipe},distiller.loss_weight={w}" for w in LOSS_WEIGHTS if w != own.loss_weight),
+        *(f"{arguments.recipe},distiller.distill_from_iter={i}" for i in begins if i != own.distill_from_iter),
     ]
 
 
